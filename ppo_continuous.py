@@ -1,0 +1,970 @@
+"""Proximal Policy Optimization (PPO) for continuous actions, complete in this one file.
+
+PPO collects a short rollout with the current policy, then takes several epochs of gradient steps on
+it. Its policy loss stops rewarding a change once the probability ratio to the old policy
+has left [1 - eps, 1 + eps], so that one rollout can be used many times without the policy running
+away from the data. Schulman et al. 2017, arXiv:1707.06347; the equation numbers are that paper's.
+
+    for each iteration:
+        run the policy for num_steps in each of num_envs environments           (Algorithm 1)
+        for each epoch:
+            delta_t = r_t + gamma V(s_t+1) - V(s_t)                             (eq. 12)
+            A_t = delta_t + gamma lambda A_t+1                                  (eq. 11, recursive)
+            for each minibatch:
+                ratio = pi(a|s) / pi_old(a|s)                                   (section 3)
+                L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)       (eq. 7)
+                or: L = mean of ratio A - beta KL(pi_old, pi)                   (eq. 8)
+                one Adam step on -L + c1 (V - (A + V_old))^2 / 2 - c2 entropy   (eq. 9)
+        with the KL penalty: double or halve beta to keep the KL at its target  (section 4)
+
+    python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
+
+Deviations from the paper:
+- An episode cut by a time limit bootstraps from its true last observation (arXiv:1712.00378): the
+  cut is no property of the task, and must not teach the critic that the future is worth nothing.
+- Observations are normalised and rewards scaled by running statistics (arXiv:2005.12729), so that
+  one configuration fits environments of very different units.
+- Advantages are computed again before every epoch, with the newest critic (arXiv:2006.05990).
+- Advantages are normalised, gradients clipped, weights orthogonal with a small last policy layer
+  and a smaller initial spread (arXiv:2006.05990): details that published results rely on.
+- The KL penalty is an unbiased estimate from the sampled actions instead of the closed form, so
+  that nothing but the log-probabilities of the old policy has to be kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+def parse_count(text: str) -> int:
+    """Read a whole number that may be written 1000000, 1_000_000 or 1e6."""
+    if not float(text).is_integer():
+        raise ValueError(f"not a whole number: {text}")
+    return int(float(text)) if "e" in text.lower() or "." in text else int(text)
+
+
+Count = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda texts: parse_count(texts[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Args:
+    # Run
+    seed: Count = 1
+    """Seed of everything random; a run repeats exactly on the same machine and threads."""
+    total_timesteps: Count = 1_000_000
+    """Environment steps over all environments together; rounded up to whole iterations."""
+    run_dir: str | None = None
+    """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
+    """Where the networks live. auto: a GPU if there is one; small networks run faster on a CPU."""
+    torch_threads: Count = 1
+    """CPU threads of torch; small networks gain nothing from a second one."""
+    compile: bool = False
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    track: bool = False
+    """Log to Weights & Biases too; without key or network into the run folder, to sync later."""
+    wandb_project_name: str = "deep-rl"
+    """Weights & Biases project."""
+    wandb_entity: str | None = None
+    """Weights & Biases team or user; by default your own."""
+    capture_video: bool = False
+    """Record the first episode of every evaluation in the run folder's videos/."""
+    checkpoint_frequency: Count = 100_000
+    """Environment steps between checkpoints; 0: only at the end and when interrupted."""
+    resume: str | None = None
+    """Run folder to go on with, exactly from its checkpoint and with its arguments."""
+    evaluate: str | None = None
+    """Run folder whose checkpoint to evaluate; trains nothing and writes nothing but videos."""
+    eval_frequency: Count = 0
+    """Environment steps between evaluations; 0: only at the end."""
+    eval_episodes: Count = 10
+    """Whole episodes per evaluation, played with the deterministic policy."""
+
+    # Environment
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium environment; "module:Name-v0" imports the module first."""
+    num_envs: Count = 8
+    """Environments stepped together in this process."""
+    norm_obs: bool = True
+    """Normalise observations by running mean and variance, clip them to 10 (arXiv:2005.12729)."""
+    norm_reward: bool = True
+    """Divide rewards by the running std of the discounted return (arXiv:2005.12729)."""
+
+    # Algorithm
+    learning_rate: float = 3e-4
+    """Adam's step size at the start."""
+    anneal_lr: bool = True
+    """Lower the learning rate linearly towards 0 (arXiv:2006.05990, section 3.7)."""
+    anneal_steps: Count = 3_000_000
+    """Environment steps at which that line reaches 0; at least --total-timesteps are taken."""
+    gamma: float = 0.99
+    """Discount factor per environment step."""
+    gae_lambda: float = 0.95
+    """Lambda of the advantages: 0 is the TD error, 1 the Monte Carlo return (arXiv:1506.02438)."""
+    num_steps: Count = 256
+    """Steps of each environment per iteration."""
+    num_minibatches: Count = 32
+    """Minibatches per epoch; divides num_envs * num_steps."""
+    update_epochs: Count = 10
+    """Passes over the rollout per iteration."""
+    recompute_advantages: bool = True
+    """Compute advantages anew before every epoch (arXiv:2006.05990, section 3.5: it helps)."""
+    norm_adv: bool = True
+    """Normalise advantages in each minibatch (arXiv:2006.05990, section 3.3: little effect)."""
+    policy_objective: Literal["clip", "kl-penalty", "clip+kl-penalty"] = "clip"
+    """Clipped ratio, or penalty on the KL, or both (arXiv:1707.06347, eq. 7 and 8)."""
+    clip_coef: float = 0.2
+    """Half the width of the range of ratios that are rewarded."""
+    kl_coef: float = 1.0
+    """Initial weight beta of the KL penalty; doubles or halves as the KL misses --target-kl."""
+    target_kl: float | None = None
+    """KL in nats. Clip: stop the epochs above 1.5 times it (Spinning Up); penalty: the target."""
+    clip_vloss: bool = False
+    """Clip the value loss by --clip-coef too (arXiv:2006.05990, section 3.4: it hurts)."""
+    vf_coef: float = 0.5
+    """Weight of the value loss."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """Largest norm of the whole gradient; a longer one is scaled down."""
+    log_std_init: float = -1.0
+    """Initial log std of actions, in units of half the box (arXiv:2006.05990, section 3.2)."""
+
+    @property
+    def batch_size(self) -> int:
+        """Transitions per iteration."""
+        return self.num_envs * self.num_steps
+
+    def __post_init__(self) -> None:
+        counts = "total_timesteps num_envs num_steps num_minibatches update_epochs anneal_steps"
+        require(self, f"{counts} eval_episodes torch_threads", lambda x: x >= 1, "at least 1")
+        require(self, "seed checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
+        require(self, "gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
+        require(self, "learning_rate clip_coef max_grad_norm", lambda x: 0 < x < math.inf, "> 0")
+        require(self, "vf_coef ent_coef kl_coef", lambda x: 0 <= x < math.inf, "0 or more")
+        require(self, "target_kl", lambda x: x is None or 0 < x < math.inf, "above 0")
+        require(self, "log_std_init", lambda x: -20 <= x <= 2, "between -20 and 2")
+        divides = f"a divisor of num_envs * num_steps = {self.batch_size}"
+        require(self, "num_minibatches", lambda x: self.batch_size % x == 0, divides)
+        penalised = "kl-penalty" in self.policy_objective
+        require(self, "target_kl", lambda x: x or not penalised, "given, say 0.01, for a penalty")
+
+
+# ---- Networks and running statistics -------------------------------------------------------------
+
+
+def linear(in_dim: int, out_dim: int, gain: float) -> nn.Linear:
+    """Linear layer with orthogonal weights of the given gain and zero bias."""
+    layer = nn.Linear(in_dim, out_dim)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def tanh_mlp(in_dim: int, out_dim: int, out_gain: float) -> nn.Sequential:
+    """Two hidden layers of 64 tanh units. Shapes: (..., in_dim) -> (..., out_dim)."""
+    hidden = [linear(in_dim, 64, 2**0.5), nn.Tanh(), linear(64, 64, 2**0.5), nn.Tanh()]
+    return nn.Sequential(*hidden, linear(64, out_dim, out_gain))
+
+
+class GaussianActor(nn.Module):
+    """Policy: independent Gaussians; their mean depends on the observation, their spread does not.
+
+    Shapes: obs (..., obs_dim) -> mean (..., action_dim), log_std (action_dim,).
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, log_std_init: float) -> None:
+        super().__init__()
+        self.mean = tanh_mlp(obs_dim, action_dim, out_gain=0.01)  # starts with means close to 0
+        self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean(obs), self.log_std
+
+
+class ValueCritic(nn.Module):
+    """State value V(s), in units of the scaled reward. Shapes: obs (..., obs_dim) -> (...)."""
+
+    def __init__(self, obs_dim: int) -> None:
+        super().__init__()
+        self.value = tanh_mlp(obs_dim, 1, out_gain=1.0)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.value(obs).squeeze(-1)
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of everything that `update` has seen. Shapes: mean, var (dim,)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.tensor(1e-4))
+
+    def update(self, batch: Tensor) -> None:
+        """Take in a batch. Shapes: batch (B, dim). Source: Chan et al. 1979, eq. 2.1."""
+        size, delta = len(batch), batch.mean(0) - self.mean
+        total = self.count + size
+        squares = self.var * self.count + batch.var(0, correction=0) * size
+        self.var = (squares + delta.square() * self.count * size / total) / total
+        self.mean = self.mean + delta * size / total
+        self.count = total
+
+
+class ObsNormalizer(RunningMoments):
+    """Shifts and scales observations to mean 0, variance 1. Shapes: (..., obs_dim) -> the same."""
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
+
+
+class RewardScaler(RunningMoments):
+    """Divides rewards by the running standard deviation of the discounted return.
+
+    Only divides: a shifted reward would change what pays. Shapes: rewards (T, N) -> the same.
+    """
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        super().__init__(1)
+        self.gamma = gamma
+        self.register_buffer("running_return", torch.zeros(num_envs))
+
+    def observe(self, rewards: Tensor, dones: Tensor) -> None:
+        """Take in a rollout. Shapes: rewards, dones (T, N)."""
+        returns = torch.zeros_like(rewards)
+        for t in range(len(rewards)):
+            returns[t] = self.running_return * self.gamma + rewards[t]
+            self.running_return = returns[t] * (1 - dones[t])  # nothing leaks into the next episode
+        self.update(returns.reshape(-1, 1))
+
+    @property
+    def scale(self) -> Tensor:
+        return (self.var + 1e-8).sqrt()
+
+    def forward(self, rewards: Tensor) -> Tensor:
+        return (rewards / self.scale).clamp(-10, 10)
+
+
+# ---- Pure functions: the mathematics of PPO ------------------------------------------------------
+
+
+def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """Log-density of actions under independent Gaussians, summed over the action dimensions.
+
+    Shapes: mean, actions (..., action_dim), log_std (action_dim,) -> (...).
+    """
+    z = (actions - mean) * torch.exp(-log_std)
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """Entropy in nats of independent Gaussians. Shapes: log_std (action_dim,) -> ()."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tensor, dones: Tensor,
+    gamma: float, gae_lambda: float,
+) -> Tensor:
+    """Generalised advantage estimates.
+
+    A termination removes the bootstrap value. Any end of an episode, time limits included, cuts
+    the recursion. next_values[t] is V of the observation that transition t really led to.
+
+    Shapes: all (T, N) -> (T, N). Source: Schulman et al. 2016, eq. 16; 2017, eq. 11 and 12.
+    """
+    td_errors = rewards + gamma * (1 - terminations) * next_values - values
+    decay = gamma * gae_lambda * (1 - dones)
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantages[t] = following = td_errors[t] + decay[t] * following
+    return advantages
+
+
+def approximate_kl(log_ratio: Tensor) -> Tensor:
+    """KL(old, new) in nats from actions of the old policy: unbiased, never negative.
+
+    So is its gradient, if log_ratio = log pi(a|s) - log pi_old(a|s) carries one.
+
+    Shapes: log_ratio (B,) -> (). Source: Schulman 2020, joschu.net/blog/kl-approx.html, k3.
+    """
+    return (log_ratio.exp() - 1 - log_ratio).mean()
+
+
+def ppo_policy_loss(
+    log_ratio: Tensor, advantages: Tensor, clip_coef: float, kl_coef: Tensor | float
+) -> Tensor:
+    """Minus PPO's objective for the policy: clipped surrogate, less a penalty on the KL.
+
+    clip_coef = inf leaves the penalty alone, kl_coef = 0 the clipping.
+
+    Shapes: log_ratio, advantages (B,) -> (). Source: Schulman et al. 2017, eq. 7 and 8.
+    """
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    surrogate = torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    return -surrogate + kl_coef * approximate_kl(log_ratio)
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
+    """Double the coefficient above 1.5 times the target KL, halve it below the target / 1.5.
+
+    Source: Schulman et al. 2017, section 4.
+    """
+    return kl_coef * 2 if kl > target_kl * 1.5 else kl_coef / 2 if kl < target_kl / 1.5 else kl_coef
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
+    """Half the mean squared error; with a finite clip_coef the worse of it and its clipped form.
+
+    Shapes: values, old_values, returns (B,) -> (). Source: Engstrom et al. 2020, section 3.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((values - returns).square(), (clipped - returns).square()).mean()
+
+
+def clip_fraction(log_ratio: Tensor, clip_coef: float) -> Tensor:
+    """Share of the ratios outside [1 - clip_coef, 1 + clip_coef]. Shapes: log_ratio (B,) -> ()."""
+    return ((log_ratio.exp() - 1).abs() > clip_coef).float().mean()
+
+
+def effective_sample_size(log_ratio: Tensor) -> Tensor:
+    """Effective sample size of the importance weights as a fraction: 1 is on-policy.
+
+    Shapes: log_ratio (B,) -> (), in [1 / B, 1]. Source: Kong 1992.
+    """
+    weights = log_ratio.exp()
+    return weights.mean().square() / weights.square().mean()
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """Share of the returns' variance that values predict, at most 1; NaN for constant returns.
+
+    Shapes: values, returns (...) -> ().
+    """
+    return 1 - (returns - values).var() / returns.var()
+
+
+def to_box(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Clip actions into a box. Where it is bounded, [-1, 1] stands for its whole range.
+
+    Shapes: action (..., action_dim), low, high (action_dim,) -> like action, in [low, high].
+    """
+    with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what infinite bounds make
+        scaled = low + (np.clip(action, -1, 1) + 1) * 0.5 * (high - low)
+        return np.clip(np.where(np.isfinite(high - low), scaled, action), low, high)
+
+
+# ---- Environments --------------------------------------------------------------------------------
+
+
+class ReplayableVectorEnv(SyncVectorEnv):
+    """Environments stepped in turn; one that ends is reset in the same step. Resumable."""
+
+    def __init__(self, env_fns: list[Callable[[], gym.Env]]) -> None:
+        super().__init__(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
+
+    @property
+    def obs(self) -> np.ndarray:
+        """What to act on next. Shapes: (num_envs, ...)."""
+        return np.stack([env.obs for env in self.envs])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"envs": [env.state_dict() for env in self.envs]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for env, env_state in zip(self.envs, state["envs"], strict=True):
+            env.load_state_dict(env_state)
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment with Box actions and flat observations; what is neither is refused."""
+    with contextlib.suppress(ImportError):  # MuJoCo's warnings would go into ./MUJOCO_LOG.TXT
+        __import__("mujoco").set_mju_user_warning(lambda message: None)
+    try:
+        env = gym.make(args.env_id, render_mode=render_mode)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        stop(f"error: --env-id {args.env_id}: {error}")
+    obs_space, action_space = env.observation_space, env.action_space
+    if not isinstance(action_space, gym.spaces.Box):
+        stop(f"error: --env-id {args.env_id}: needs Box actions, this one has {action_space}")
+    parts = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
+    if not obs_space.is_np_flattenable or any(len(part.shape or ()) > 2 for part in parts):
+        stop(f"error: --env-id {args.env_id}: needs vectors to observe, or a Dict, not {obs_space}")
+    if obs_space.shape is None or len(obs_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return ReplayableEnv(env)
+
+
+def make_envs(args: Args) -> ReplayableVectorEnv:
+    """`num_envs` environments stepped together, each started with a seed of its own."""
+    envs = ReplayableVectorEnv([lambda: make_env(args)] * args.num_envs)
+    seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
+    envs.reset(seed=[int(seed) for seed in seeds])
+    return envs
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+class RolloutBuffer:
+    """One iteration's transitions: actions[t], taken in obs[t], led to rewards[t] and next_obs[t].
+
+    terminations[t] says that transition t ended its episode for good, dones[t] that it ended it at
+    all. Shapes: (num_steps, num_envs, ...).
+    """
+
+    def __init__(
+        self, num_steps: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device
+    ) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros((num_steps, num_envs, *shape), device=device)
+
+        self.obs, self.next_obs, self.actions = zeros(obs_dim), zeros(obs_dim), zeros(action_dim)
+        self.log_probs, self.rewards, self.terminations, self.dones = (zeros() for _ in range(4))
+
+
+def train(args: Args) -> None:
+    # Setup
+    device = setup(args)
+    envs = make_envs(args)
+    action_space = envs.single_action_space
+    low, high = action_space.low.flatten(), action_space.high.flatten()
+    obs_dim, action_dim = envs.single_observation_space.shape[0], len(low)
+
+    actor = GaussianActor(obs_dim, action_dim, args.log_std_init).to(device)
+    critic = ValueCritic(obs_dim).to(device)
+    parameters = [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    obs_normalizer = (ObsNormalizer(obs_dim) if args.norm_obs else nn.Identity()).to(device)
+    reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
+    buffer = RolloutBuffer(args.num_steps, args.num_envs, obs_dim, action_dim, device)
+    penalised = "kl-penalty" in args.policy_objective
+    policy_clip = args.clip_coef if "clip" in args.policy_objective else math.inf
+    value_clip = args.clip_coef if args.clip_vloss else math.inf
+    loop = LoopState(kl_coef=args.kl_coef if penalised else 0.0)
+
+    def to_tensor(array: np.ndarray) -> Tensor:
+        return torch.as_tensor(array, dtype=torch.float32, device=device)
+
+    def to_env(action: Tensor) -> np.ndarray:
+        inside = to_box(action.cpu().numpy(), low, high).astype(action_space.dtype)
+        return inside.reshape(*action.shape[:-1], *action_space.shape)
+
+    @torch.no_grad()
+    def deterministic_policy(obs: np.ndarray) -> np.ndarray:
+        mean, _ = actor(obs_normalizer(to_tensor(obs)))
+        return to_env(mean)
+
+    def gradient_step(obs, actions, old_log_probs, advantages, returns, old_values, kl_coef):
+        """Gradient of the loss on one minibatch, no longer than max_grad_norm, and metrics."""
+        mean, log_std = actor(obs)
+        log_ratio = gaussian_log_prob(mean, log_std, actions) - old_log_probs
+        values = critic(obs)
+        assert log_ratio.shape == values.shape == advantages.shape == returns.shape
+        if args.norm_adv and len(advantages) > 1:  # one sample has no spread to divide by
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+        policy_loss = ppo_policy_loss(log_ratio, advantages, policy_clip, kl_coef)
+        critic_loss = value_loss(values, old_values, returns, value_clip)
+        entropy = gaussian_entropy(log_std)
+        loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy
+        gradients = torch.autograd.grad(loss, parameters)
+        grad_norm = nn.utils.get_total_norm(gradients)
+        shrink = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+        with torch.no_grad():
+            metrics = {
+                "losses/policy_loss": policy_loss.detach(),
+                "losses/value_loss": critic_loss.detach(),
+                "losses/entropy": entropy.detach(),
+                "losses/approx_kl": approximate_kl(log_ratio),
+                "losses/clipfrac": clip_fraction(log_ratio, args.clip_coef),
+                "losses/effective_sample_size": effective_sample_size(log_ratio),
+                "losses/grad_norm": grad_norm,
+            }
+        return [gradient * shrink for gradient in gradients], metrics
+
+    if args.compile:
+        gradient_step = compiled(gradient_step)
+    state = {"actor": actor, "critic": critic, "optimizer": optimizer, "envs": envs, "loop": loop}
+    state |= {"obs_normalizer": obs_normalizer, "reward_scaler": reward_scaler}
+    run = Run(args, device, state, deterministic_policy, make_env)
+    obs = envs.obs
+
+    while not run.finished:
+        remaining = 1 - run.global_step / max(args.anneal_steps, args.total_timesteps)
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        for t in range(args.num_steps):
+            # 1. Act
+            with torch.no_grad():
+                buffer.obs[t] = to_tensor(obs)
+                mean, log_std = actor(obs_normalizer(buffer.obs[t]))
+                buffer.actions[t] = mean + log_std.exp() * torch.randn_like(mean)
+                buffer.log_probs[t] = gaussian_log_prob(mean, log_std, buffer.actions[t])
+
+            # 2. Step the environments
+            obs, rewards, terminations, truncations, infos = envs.step(to_env(buffer.actions[t]))
+            dones = terminations | truncations
+            next_obs = obs.copy()  # what the actions led to, while obs may begin a new episode
+            if dones.any():
+                next_obs[dones] = np.stack(infos["final_obs"][dones])
+                ended = infos["final_info"]
+                run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
+            buffer.next_obs[t] = to_tensor(next_obs)
+            buffer.rewards[t] = to_tensor(rewards)
+            buffer.terminations[t] = to_tensor(terminations)
+            buffer.dones[t] = to_tensor(dones)
+
+        norm_obs, norm_next_obs = obs_normalizer(buffer.obs), obs_normalizer(buffer.next_obs)
+        rewards, reward_scale = buffer.rewards, 1.0
+        if args.norm_reward:
+            reward_scaler.observe(buffer.rewards, buffer.dones)
+            rewards, reward_scale = reward_scaler(buffer.rewards), reward_scaler.scale
+
+        for epoch in range(args.update_epochs):
+            # 3. Targets
+            if epoch == 0 or args.recompute_advantages:
+                with torch.no_grad():
+                    values, next_values = critic(norm_obs), critic(norm_next_obs)
+                ends = (buffer.terminations, buffer.dones)
+                discounts = (args.gamma, args.gae_lambda)
+                advantages = compute_gae(rewards, values, next_values, *ends, *discounts)
+                returns = advantages + values
+            if epoch == 0:  # judge the critic before it learns from this rollout
+                metrics = {
+                    "losses/values": (values.mean() * reward_scale).item(),  # unscaled
+                    "losses/explained_variance": explained_variance(values, returns).item(),
+                }
+
+            # 4. Update
+            batch = (norm_obs, buffer.actions, buffer.log_probs, advantages, returns, values)
+            order = torch.randperm(args.batch_size, device=device)
+            shuffled = [x.flatten(0, 1)[order].chunk(args.num_minibatches) for x in batch]
+            kl_coef, steps = torch.tensor(loop["kl_coef"], device=device), []
+            for minibatch in zip(*shuffled, strict=True):
+                gradients, step_metrics = gradient_step(*minibatch, kl_coef)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                steps.append(step_metrics)
+            for name in step_metrics:  # means over the last epoch
+                metrics[name] = torch.stack([step[name] for step in steps]).mean().item()
+            kl = metrics["losses/approx_kl"]
+            if args.target_kl and not penalised and kl > 1.5 * args.target_kl:
+                break
+
+        if penalised:
+            loop["kl_coef"] = adapt_kl_coef(loop["kl_coef"], kl, args.target_kl)
+        if args.norm_obs:  # only now: the whole iteration sees the world through one normaliser
+            obs_normalizer.update(buffer.obs.flatten(0, 1))
+
+        # 5. Log, checkpoint, evaluate
+        metrics |= {"charts/learning_rate": learning_rate, "charts/kl_coef": loop["kl_coef"]}
+        run.end_iteration(run.global_step + args.batch_size, metrics)
+    run.finish()
+
+
+# ---- Run infrastructure: the same bytes in every script ------------------------------------------
+# It keeps the run folder, resumes, evaluates, tracks, reports, and knows nothing of the algorithm.
+# What must survive a kill has state_dict() and load_state_dict(); train() lists it once, in a dict.
+
+SCRIPT = Path(__file__).resolve()
+SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+LONGEST_EPISODE = 50_000  # steps that a resume replays and an evaluation plays, where none ends
+
+
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
+    tqdm.write(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def require(args: Any, names: str, allowed: Callable[[Any], bool], text: str) -> None:
+    """Check fields of the arguments. Raises: ValueError, which tyro reports with exit code 2."""
+    for name in names.split():
+        if not allowed(value := getattr(args, name)):
+            raise ValueError(f"--{name.replace('_', '-')} must be {text}, got {value}")
+
+
+def parse_args(args_class: type) -> Any:
+    """The command line's arguments; with --resume or --evaluate what it lacks is the folder's."""
+    args = tyro.cli(args_class)
+    folder, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
+    if not folder:
+        return args
+    try:
+        about = json.loads(Path(folder, "args.json").read_text())
+        if about["script"] != SCRIPT.name:
+            stop(f"error: {flag} {folder}: a run of {about['script']}: use that script")
+        if about["sha256"] != SHA256:
+            tqdm.write(f"warning: {SCRIPT.name} has changed since {folder} began", file=sys.stderr)
+        names = {field.name for field in fields(args_class)} & about["args"].keys()
+        here = {"run_dir": folder, "resume": args.resume, "evaluate": args.evaluate}
+        old = args_class(**{name: about["args"][name] for name in names} | here)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        stop(f"error: {flag} {folder}: not a whole run folder: {error!r}")
+    args = tyro.cli(args_class, default=old)
+    free = "device torch_threads track capture_video eval_episodes "
+    free += "eval_frequency checkpoint_frequency total_timesteps" if args.resume else "seed"
+    for name, was in asdict(old).items():
+        now = getattr(args, name)
+        if now != was and (name not in free.split() or (name == "total_timesteps" and now < was)):
+            name = name.replace("_", "-")
+            stop(f"error: {flag} {folder}: --{name} is {was} there and cannot become {now}")
+    return args
+
+
+def setup(args: Any) -> torch.device:
+    """Seed every generator, set the threads, and return the device."""
+    if args.compile and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
+        stop("error: --compile needs a C++ compiler: install g++, or leave it out")
+    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a display only when told
+    torch.set_num_threads(args.torch_threads)
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    mps = torch.backends.mps.is_available()
+    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    device = max(here, key=here.get) if args.device == "auto" else args.device
+    if not here[device]:
+        stop(f"error: --device {device}: torch finds none here; use auto or cpu")
+    return torch.device(device)
+
+
+def compiled(function: Callable) -> Callable:
+    """The function as one compiled graph, its torch.autograd.grad included."""
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function, fullgraph=True)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of all global generators, in types that torch.load(weights_only=True) accepts."""
+    name, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return state | {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class LoopState(dict):
+    """Plain numbers of the training loop that must survive a kill."""
+
+    state_dict = dict.copy
+    load_state_dict = dict.update
+
+
+class ReplayableEnv(gym.Wrapper):
+    """An environment whose whole state is small: its episode's own seed, and the actions since.
+
+    Restoring resets with that seed and repeats the actions: exact wherever reset(seed) fixes the
+    episode, and checked. `info` keeps only the episode's return and length, on its last step.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        if seed is not None:
+            self.seed, self.episode = seed, 0
+        episode_seed = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
+        self.episode, self.actions, self.length, self.episodic_return = self.episode + 1, [], 0, 0.0
+        self.obs = np.array(self.env.reset(seed=int(episode_seed), options=options)[0])
+        return self.obs, {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        obs, reward, termination, truncation, _ = self.env.step(action)
+        self.obs = np.array(obs)  # a copy: some environments go on writing into what they returned
+        self.length, self.episodic_return = self.length + 1, self.episodic_return + float(reward)
+        if self.length <= LONGEST_EPISODE:
+            self.actions.append(np.array(action))
+        ended = {"return": self.episodic_return, "length": self.length}
+        return self.obs, reward, termination, truncation, ended if termination or truncation else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("seed", "episode", "length", "episodic_return")
+        tensors = {"actions": torch.tensor(np.array(self.actions)), "obs": torch.tensor(self.obs)}
+        return {name: getattr(self, name) for name in names} | tensors
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seed, self.episode = state["seed"], state["episode"] - 1
+        self.reset()
+        for action in state["actions"].numpy():
+            self.step(action)
+        exact = np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True)
+        if not exact or self.episodic_return != state["episodic_return"]:
+            message = "warning: an environment could not be brought back, so its episode restarts"
+            tqdm.write(message, file=sys.stderr)
+            self.reset()
+
+
+class Run:
+    """A run and its folder. `policy` maps one observation to the deterministic action."""
+
+    SAVED = ("global_step", "wall_time", "wandb_id")
+
+    def __init__(self, args: Any, device: Any, state: dict, policy: Callable, make_env: Callable):
+        self.args, self.device, self.state = args, str(device), state
+        self.policy, self.make_env = policy, make_env
+        name = f"{args.env_id.replace('/', '-')}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.run_dir or f"runs/{name}")
+        self.global_step, self.wall_time, self.wandb_id = 0, 0.0, uuid.uuid4().hex[:8]
+        self.episodes, self.recent_return, self.result = [], math.nan, {}
+        self.signal, self.wandb, self.bar = 0, None, tqdm(disable=True)
+        self.refuse_what_would_fail()
+        if args.resume or args.evaluate:
+            self.load_checkpoint()
+        self.started = self.last_line, *_ = time.time(), self.global_step, self.wall_time
+        if args.evaluate:
+            return
+        with self.writing():
+            self.open_folder()
+        if args.track:
+            self.start_wandb()
+        total, in_pipe = args.total_timesteps, not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=self.global_step, unit=" steps", disable=in_pipe)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.args.evaluate) or self.global_step >= self.args.total_timesteps
+
+    def refuse_what_would_fail(self) -> None:
+        """The user's mistakes that can be seen before any file is written."""
+        if (self.dir / "args.json").exists() and not (self.args.resume or self.args.evaluate):
+            stop(f"error: --run-dir {self.dir} holds a run: name another, or --resume {self.dir}")
+        if self.args.track and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+            stop("error: --track needs wandb: pip install wandb, or leave it out")
+        if self.args.capture_video:
+            try:
+                import moviepy  # noqa: F401  RecordVideo needs it
+
+                env = self.make_env(self.args, "rgb_array")
+                env.reset(seed=0)
+                env.render()
+                env.close()
+            except Exception as error:  # each renderer has its own
+                stop(f"error: --capture-video: cannot render {self.args.env_id} here: {error!r}")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """A full or read-only disk ends the run in one line, and what was whole stays whole."""
+        try:
+            yield
+        except OSError as error:
+            begun = (self.dir / "args.json").exists()
+            go_on = f"then --resume {self.dir}" if begun else "or name another --run-dir"
+            stop(f"error: cannot write {self.dir}: {error.strerror or error}: make room, {go_on}")
+
+    def replace(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+        """Write a file so that a kill at any instant leaves the old one or the new one."""
+        temporary = self.dir / f"{name}.tmp"
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.dir / name)
+
+    def open_folder(self) -> None:
+        """Make the folder of a new run, or cut a resumed one's metrics back to its checkpoint."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        about, metrics, kept = self.dir / "args.json", self.dir / "metrics.jsonl", ""
+        about = json.loads(about.read_text()) if self.args.resume else self.describe()
+        about["args"] = asdict(self.args) | {"resume": None, "evaluate": None}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: a torn last line
+            for line in metrics.read_text().splitlines() if self.args.resume else []:
+                kept += line + "\n" if json.loads(line)["global_step"] <= self.global_step else ""
+        self.replace("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+        self.replace("metrics.jsonl", lambda file: file.write(kept.encode()))
+        if not self.args.resume:
+            shutil.copyfile(SCRIPT, self.dir / SCRIPT.name)
+
+    def describe(self) -> dict[str, Any]:
+        """Which code runs, and on what."""
+        names = {"torch", "gymnasium", "numpy", "mujoco"} & sys.modules.keys()
+        versions = {name: sys.modules[name].__version__ for name in sorted(names)}
+        git = [shutil.which("git") or "false", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        about = {"script": SCRIPT.name, "sha256": SHA256, "git": commit, "device": self.device}
+        return about | {"versions": {"python": sys.version.split()[0], **versions}}
+
+    def start_wandb(self) -> None:
+        """Track online with a valid key and a network, offline otherwise; never ask."""
+        import wandb
+
+        os.environ["WANDB_CACHE_DIR"] = os.environ["WANDB_DATA_DIR"] = str(self.dir.resolve())
+        mode, online, args = os.environ.get("WANDB_MODE", "online"), False, self.args
+        with contextlib.suppress(wandb.Error):  # raised without a network, or by a wrong key
+            online = mode == "online" and wandb.login(prompt=False)
+        if mode == "online" and not online:
+            mode, sync = "offline", f"wandb sync {self.dir}/wandb/offline-run-*"
+            tqdm.write(f"wandb logs offline; to send it later: {sync}", file=sys.stderr)
+        self.wandb = wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+            name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", id=self.wandb_id, mode=mode,
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            resume="allow", dir=self.dir,
+        )
+        self.wandb.define_metric("global_step")
+        self.wandb.define_metric("*", step_metric="global_step")
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        self.signal = number
+        os.write(2, b"\nfinishing this iteration and a checkpoint; once more ends at once\n")
+        for either in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(either, signal.SIG_DFL)
+
+    def save_checkpoint(self) -> None:
+        checkpoint = {name: part.state_dict() for name, part in self.state.items()}
+        checkpoint |= {name: getattr(self, name) for name in self.SAVED} | {"rng": rng_state()}
+        with self.writing():
+            self.replace("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self) -> None:
+        path = self.dir / "checkpoint.pt"
+        if self.args.resume and not path.exists():
+            return  # killed before its first checkpoint: from step 0
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            for name, part in self.state.items():
+                if self.args.resume or isinstance(part, nn.Module):
+                    part.load_state_dict(checkpoint[name])
+            vars(self).update({name: checkpoint[name] for name in self.SAVED})
+            set_rng_state(checkpoint["rng"])
+        except Exception as error:  # a file can be wrong in any way
+            reason = str(error).strip().split("\n")[0]
+            stop(f"error: {path} is no checkpoint of this run: {type(error).__name__}: {reason}")
+
+    def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Do what is due at this step: metrics, evaluation, checkpoint, and what a signal asked."""
+        previous, self.global_step = self.global_step, global_step
+
+        def due(frequency: int) -> bool:
+            return frequency > 0 and global_step // frequency > previous // frequency
+
+        self.stop_unless_finite(metrics)
+        if self.episodes:
+            means = np.mean(self.episodes, axis=0).tolist()
+            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = means
+            metrics["charts/episodes"], self.recent_return = len(self.episodes), means[0]
+            self.episodes = []
+        start_time, start_step, earlier = self.started
+        elapsed = time.time() - start_time
+        self.wall_time = earlier + elapsed
+        metrics["charts/SPS"] = (global_step - start_step) / elapsed
+        if self.finished or due(self.args.eval_frequency):
+            self.result = self.evaluate()
+            metrics |= self.result
+        self.write_metrics(metrics)
+        if self.finished or self.signal or due(self.args.checkpoint_frequency):
+            self.save_checkpoint()
+        self.show_progress(metrics["charts/SPS"])
+        if self.signal and not self.finished:
+            self.bar.close()
+            go_on = f"python {SCRIPT.name} --resume {self.dir}"
+            stop(f"stopped at step {global_step}; go on with: {go_on}", 128 + self.signal)
+
+    def stop_unless_finite(self, metrics: dict[str, float]) -> None:
+        """A NaN ends the run while its last checkpoint is still good."""
+        values = {name: torch.tensor(x) for name, x in metrics.items() if name.endswith("_loss")}
+        for name, part in self.state.items():
+            if isinstance(part, nn.Module):
+                values |= {f"{name}.{key}": x for key, x in part.state_dict().items()}
+        if bad := [name for name, value in values.items() if not value.isfinite().all()]:
+            kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
+            stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        line = {"global_step": self.global_step, "wall_time": self.wall_time}
+        line |= {name: value for name, value in metrics.items() if math.isfinite(value)}
+        with self.writing(), open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log(line)
+
+    def show_progress(self, speed: float) -> None:
+        step, total, recent = self.global_step, self.args.total_timesteps, self.recent_return
+        self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.time() > self.last_line + 10:
+            self.last_line, rest = time.time(), f"{(total - step) / speed:.0f} s left, {recent:.1f}"
+            print(f"{step}/{total} steps, {speed:.0f}/s, {rest} return", file=sys.stderr)
+
+    def evaluate(self) -> dict[str, float]:
+        """Play whole episodes, the same every time; the training stream does not notice."""
+        before, video = rng_state(), self.args.capture_video
+        env = self.make_env(self.args, "rgb_array" if video else None)
+        if video:
+            folder, name = str(self.dir / "videos"), f"step-{self.global_step}"
+            env = gym.wrappers.RecordVideo(
+                env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True
+            )
+        seed = int(np.random.SeedSequence([self.args.seed, 1]).generate_state(1)[0])
+        returns = []
+        for _ in range(self.args.eval_episodes):
+            obs, _ = env.reset(seed=None if returns else seed)
+            returns.append(0.0)
+            for _ in range(LONGEST_EPISODE):
+                obs, reward, termination, truncation, _ = env.step(self.policy(obs))
+                returns[-1] += float(reward)
+                if termination or truncation:
+                    break
+        env.close()
+        set_rng_state(before)
+        names = ("eval/episodic_return", "eval/episodic_return_std", "eval/episodes")
+        return dict(zip(names, (np.mean(returns), np.std(returns), len(returns)), strict=True))
+
+    def finish(self) -> None:
+        """Print the final evaluation as the last line of standard output."""
+        mean, std, episodes = (self.result or self.evaluate()).values()
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+        result = f"eval mean_return={mean:.4f} std={std:.4f} episodes={episodes}"
+        print(f"{result} global_step={self.global_step} run_dir={self.dir}")
+
+
+if __name__ == "__main__":
+    train(parse_args(Args))
