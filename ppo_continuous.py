@@ -417,7 +417,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     with contextlib.suppress(ImportError):  # MuJoCo's warnings would go into ./MUJOCO_LOG.TXT
         __import__("mujoco").set_mju_user_warning(lambda message: None)
     try:
-        env = gym.make(args.env_id, render_mode=render_mode)
+        env = gym.make(args.env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ModuleNotFoundError) as error:
         stop(f"error: --env-id {args.env_id}: {error}")
     obs_space, action_space = env.observation_space, env.action_space
@@ -793,10 +793,10 @@ class Run:
         """A full or read-only disk ends the run in one line, and what was whole stays whole."""
         try:
             yield
-        except OSError as error:
-            begun = (self.dir / "args.json").exists()
+        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of an OSError
+            begun, reason = (self.dir / "args.json").exists(), error.__context__ or error
             go_on = f"then --resume {self.dir}" if begun else "or name another --run-dir"
-            stop(f"error: cannot write {self.dir}: {error.strerror or error}: make room, {go_on}")
+            stop(f"error: cannot write {self.dir}: {reason}: make room, {go_on}")
 
     def replace(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
         """Write a file so that a kill at any instant leaves the old one or the new one."""
@@ -825,8 +825,8 @@ class Run:
         """Which code runs, and on what."""
         names = {"torch", "gymnasium", "numpy", "mujoco"} & sys.modules.keys()
         versions = {name: sys.modules[name].__version__ for name in sorted(names)}
-        git = [shutil.which("git") or "false", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        git = [shutil.which("git") or "false", "-C", str(SCRIPT.parent), "rev-parse", "--verify"]
+        commit = subprocess.run([*git, "HEAD"], capture_output=True, text=True).stdout.strip() or None
         about = {"script": SCRIPT.name, "sha256": SHA256, "git": commit, "device": self.device}
         return about | {"versions": {"python": sys.version.split()[0], **versions}}
 

@@ -1,0 +1,171 @@
+"""Tiny environments whose optimal values are known, and some that misbehave; "probes:Name-v0"."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict
+
+
+class Probe(gym.Env):
+    """Base: one-dimensional observation 0, one action in [-1, 1], one step, reward 1."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Box(-1, 1, (1,), np.float32)
+    length, truncates = 1, False
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action} is outside {self.action_space}"
+        reward = self.reward(action)
+        self.steps += 1
+        over = self.steps >= self.length
+        return self.observe(), reward, over and not self.truncates, over and self.truncates, {}
+
+    def observe(self):
+        return np.zeros(1, np.float32)
+
+    def reward(self, action):
+        return 1.0
+
+
+class ObservedValue(Probe):
+    """The reward is the observation, -1 or 1."""
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        self.value = float(self.np_random.choice([-1, 1]))
+        return super().reset(options=options)
+
+    def observe(self):
+        return np.full(1, self.value, np.float32)
+
+    def reward(self, action):
+        return self.value
+
+
+class Delayed(Probe):
+    """Two steps, observation 0 then 1, and reward 1 at the end: V = gamma, then 1."""
+
+    length = 2
+
+    def observe(self):
+        return np.full(1, min(self.steps, 1), np.float32)
+
+    def reward(self, action):
+        return float(self.steps == 1)
+
+
+class Forever(Probe):
+    """Reward 1 for ever, cut every 5 steps by a time limit: V = 1 / (1 - gamma)."""
+
+    length, truncates = 5, True
+
+
+class Ending(Forever):
+    """Its twin, which ends for good after the same 5 steps: V at most 1 + gamma + ... + gamma^4."""
+
+    truncates = False
+
+
+class Target(Probe):
+    """The best action is 4 in a lopsided box [3, 5] x [-8, 0]; second dimension: -7."""
+
+    action_space = Box(np.array([3, -8], np.float32), np.array([5, 0], np.float32))
+
+    def reward(self, action):
+        return -float((action[0] - 4.5) ** 2 + ((action[1] + 7) / 4) ** 2)
+
+
+class ObservedTarget(ObservedValue):
+    """The best action is half the observation, in an unbounded action space."""
+
+    action_space = Box(-np.inf, np.inf, (1,), np.float32)
+
+    def reward(self, action):
+        return -float((action[0] - 0.5 * self.value) ** 2)
+
+
+class Counting(Probe):
+    """Episodes of differing lengths whose observation counts the steps and reward is 1."""
+
+    observation_space = Box(0, np.inf, (2,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        self.length = int(self.np_random.integers(1, 9))
+        self.truncates = bool(self.np_random.integers(2))
+        self.buffer = np.zeros(2)  # written into again and again, as some environments do
+        return super().reset(options=options)
+
+    def observe(self):
+        self.buffer[:] = self.steps, self.length
+        return self.buffer
+
+
+class Nested(Probe):
+    """Dict observations and a two-dimensional action box."""
+
+    observation_space = Dict(position=Box(-1, 1, (2, 2)), speed=Box(-1, 1, (3,), np.float64))
+    action_space = Box(-1, 1, (2, 3), np.float32)
+    length = 7
+
+    def observe(self):
+        return {"position": np.ones((2, 2), np.float32), "speed": np.zeros(3)}
+
+
+class Unseeded(Probe):
+    """Draws from the operating system, so that no replay can bring it back."""
+
+    length = 1000
+
+    def observe(self):
+        return np.random.default_rng().uniform(-1, 1, 1).astype(np.float32)
+
+
+class BadReward(Probe):
+    """Its reward becomes NaN after 300 steps of one environment."""
+
+    length, total = 50, 0
+
+    def reward(self, action):
+        self.total += 1
+        return float("nan") if self.total > 300 else 1.0
+
+
+class Crashing(Probe):
+    """Raises an error of its own after 100 steps."""
+
+    length, total = 50, 0
+
+    def reward(self, action):
+        self.total += 1
+        if self.total > 100:
+            raise OSError("the simulator fell over")
+        return 1.0
+
+
+class Picture(Probe):
+    observation_space = Box(0, 255, (64, 64, 3), np.uint8)
+
+    def observe(self):
+        return np.zeros((64, 64, 3), np.uint8)
+
+
+class Drawn(Probe):
+    """Can be rendered without a display."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    length = 20
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((64, 64, 3), self.steps, np.uint8)
+
+
+for probe in [Probe, *Probe.__subclasses__(), Ending, ObservedTarget]:
+    gym.register(f"{probe.__name__}-v0", probe, disable_env_checker=True)

@@ -1,0 +1,129 @@
+"""Kills, signals and resumes: the run folder stays whole, and the end is bit-identical."""
+
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import checkpoint, command, environ, metrics, run, same, without_times
+
+LONG = ["--total-timesteps", 3072, "--checkpoint-frequency", 256, "--env-id", "InvertedPendulum-v5"]
+
+
+def start(script, *arguments, quick=True):
+    return subprocess.Popen(
+        command(script, *arguments, quick=quick),
+        env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(process, folder, step):
+    """Until the run has logged a step."""
+    for _ in range(3000):
+        try:
+            if metrics(folder)[-1]["global_step"] >= step:
+                return
+        except (OSError, IndexError, ValueError):
+            pass
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    runs = {}
+
+    def get(script):
+        if script not in runs:
+            runs[script] = tmp_path_factory.mktemp(script) / "undisturbed"
+            run(script, "--run-dir", runs[script], *LONG)
+        return runs[script]
+
+    return get
+
+
+def assert_same_end(folder, reference):
+    assert same(checkpoint(folder), checkpoint(reference))
+    assert without_times(metrics(folder)) == without_times(metrics(reference))
+
+
+def test_killed_at_random_instants(script, undisturbed, tmp_path):
+    """kill -9, three times at random, resume each time: same weights, same metrics, bit for bit."""
+    instants, folder = random.Random(0), tmp_path / "killed"
+    process = start(script, "--run-dir", folder, *LONG)
+    for kill in range(3):
+        wait_for_step(process, folder, 600 * (kill + 1))
+        time.sleep(instants.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+        process = start(script, "--resume", folder, quick=False)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "could not be brought back" not in err
+    assert_same_end(folder, undisturbed(script))
+
+
+def test_killed_before_the_first_checkpoint(script, undisturbed, tmp_path):
+    folder = tmp_path / "early"
+    process = start(script, "--run-dir", folder, *LONG[:2], "--checkpoint-frequency", 0, *LONG[4:])
+    wait_for_step(process, folder, 128)
+    process.kill()
+    process.communicate()
+    assert not (folder / "checkpoint.pt").exists()
+    run(script, "--resume", folder, quick=False)
+    assert_same_end(folder, undisturbed(script))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_checkpoint_and_say_how_to_go_on(script, undisturbed, tmp_path, number):
+    folder = tmp_path / "stopped"
+    process = start(script, "--run-dir", folder, *LONG[:2], "--checkpoint-frequency", 0, *LONG[4:])
+    wait_for_step(process, folder, 256)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert f"--resume {folder}" in err and "Traceback" not in err
+    step = checkpoint(folder)["global_step"]
+    assert 256 <= step < 3072 and metrics(folder)[-1]["global_step"] == step
+    run(script, "--resume", folder, quick=False)
+    assert_same_end(folder, undisturbed(script))
+
+
+def test_a_second_signal_ends_at_once(script, tmp_path):
+    folder = tmp_path / "stopped"
+    huge = ["--total-timesteps", 10**7, "--num-steps", 2**16, "--num-minibatches", 1]
+    process = start(script, "--run-dir", folder, *huge)
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == -signal.SIGINT
+
+
+def test_training_can_be_prolonged(script, undisturbed, tmp_path):
+    """The prolonged run goes on from the old end and keeps its lines; wall time adds up."""
+    folder = tmp_path / "longer"
+    run(script, "--run-dir", folder, *LONG)
+    old = metrics(folder)
+    run(script, "--resume", folder, "--total-timesteps", 4096, quick=False)
+    new = metrics(folder)
+    assert new[: len(old)] == old and new[-1]["global_step"] == 4096
+    assert new[len(old)]["wall_time"] > old[-1]["wall_time"]
+
+
+def test_torn_and_extra_lines_are_cut(script, undisturbed, tmp_path):
+    folder = tmp_path / "torn"
+    process = start(script, "--run-dir", folder, *LONG)
+    wait_for_step(process, folder, 1500)
+    process.kill()
+    process.communicate()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"global_step": 99999, "wall_time": 1.0}\n{"global_st')
+    run(script, "--resume", folder, quick=False)
+    assert_same_end(folder, undisturbed(script))

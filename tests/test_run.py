@@ -1,0 +1,170 @@
+"""The contract on a run from the outside: folder, metrics, last line, evaluation, determinism."""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, checkpoint, command, load, metrics, run, same, without_times
+
+LAST_LINE = re.compile(
+    r"eval mean_return=(-?\d+\.\d+) std=(\d+\.\d+) episodes=(\d+) global_step=(\d+) run_dir=(\S+)"
+)
+
+
+def last_line(done):
+    match = LAST_LINE.fullmatch(done.stdout.strip().splitlines()[-1])
+    assert match, done.stdout
+    return match.groups()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished quick run per script: (process, folder)."""
+    runs = {}
+
+    def get(script):
+        if script not in runs:
+            folder = tmp_path_factory.mktemp(script) / "run"
+            runs[script] = run(script, "--run-dir", folder), folder
+        return runs[script]
+
+    return get
+
+
+def test_run_folder(script, finished):
+    _, folder = finished(script)
+    about = json.loads((folder / "args.json").read_text())
+    text = (ROOT / f"{script}.py").read_bytes()
+    assert about["script"] == f"{script}.py" and about["device"] == "cpu"
+    assert about["sha256"] == hashlib.sha256(text).hexdigest()
+    assert (folder / f"{script}.py").read_bytes() == text
+    assert {"python", "torch", "gymnasium", "numpy"} <= about["versions"].keys()
+    assert about["args"]["total_timesteps"] == 512 and about["args"]["gamma"] is not None
+    assert {path.name for path in folder.iterdir()} == {
+        "args.json", "checkpoint.pt", "metrics.jsonl", f"{script}.py"
+    }
+
+
+def test_an_update_happened_and_is_logged(script, finished):
+    _, folder = finished(script)
+    lines = metrics(folder)
+    names = {name for line in lines for name in line}
+    assert {"charts/episodic_return", "charts/episodic_length", "charts/episodes"} <= names
+    assert {"charts/SPS", "charts/learning_rate", "losses/grad_norm"} <= names
+    assert [line["global_step"] for line in lines] == sorted({line["global_step"] for line in lines})
+    times = [line["wall_time"] for line in lines]
+    assert times == sorted(times) and times[0] > 0
+    # Pendulum: 512 steps in episodes of 200, and every episode that ended is in a line
+    assert sum(line.get("charts/episodes", 0) for line in lines) == 2
+    assert all(line.get("charts/episodic_length", 200) == 200 for line in lines)
+    before, after = load(script), checkpoint(folder)
+    assert before.Args and after["global_step"] == 512
+    assert any(line["losses/grad_norm"] > 0 for line in lines)
+
+
+def test_ppo_logs_its_health(finished):
+    _, folder = finished("ppo_continuous")
+    names = "policy_loss value_loss entropy approx_kl clipfrac effective_sample_size"
+    for line in metrics(folder):
+        for name in f"{names} explained_variance values grad_norm".split():
+            assert f"losses/{name}" in line
+        assert 0 < line["losses/effective_sample_size"] <= 1 and line["losses/approx_kl"] > 0
+
+
+def test_last_line_and_metrics_agree(script, finished):
+    done, folder = finished(script)
+    mean, std, episodes, step, run_dir = last_line(done)
+    last = metrics(folder)[-1]
+    assert float(mean) == pytest.approx(last["eval/episodic_return"], abs=1e-4)
+    assert float(std) == pytest.approx(last["eval/episodic_return_std"], abs=1e-4)
+    assert (int(episodes), int(step), run_dir) == (2, last["global_step"], str(folder))
+
+
+def test_evaluate_repeats_the_final_evaluation_and_writes_nothing(script, finished):
+    done, folder = finished(script)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = run(script, "--evaluate", folder, quick=False)
+    assert last_line(again) == last_line(done)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    other = run(script, "--evaluate", folder, "--eval-episodes", 3, quick=False)
+    assert last_line(other)[2] == "3"
+
+
+def test_same_seed_same_run_and_evaluations_do_not_disturb(script, finished, tmp_path):
+    """A run with evaluations in between ends in the same weights and logs the same numbers."""
+    _, folder = finished(script)
+    run(script, "--run-dir", tmp_path / "b", "--eval-frequency", 128)
+    ours, theirs = without_times(metrics(folder)), without_times(metrics(tmp_path / "b"))
+    assert sum("eval/episodic_return" in line for line in theirs) == 4
+    for left, right in zip(ours, theirs, strict=True):
+        assert left.items() <= right.items()
+    assert same(checkpoint(folder), checkpoint(tmp_path / "b"))
+
+
+def test_another_seed_is_another_run(script, finished, tmp_path):
+    _, folder = finished(script)
+    run(script, "--run-dir", tmp_path / "b", "--seed", 2)
+    assert not same(checkpoint(folder), checkpoint(tmp_path / "b"))
+
+
+def test_alone_in_an_empty_folder(script, tmp_path):
+    """Copied and run there: it works, and writes into ./runs and nowhere else."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    shutil.copy(ROOT / f"{script}.py", here)
+    words = command(script, "--env-id", "InvertedPendulum-v5")[2:]
+    import subprocess
+
+    from conftest import environ
+
+    arguments = [sys.executable, f"{script}.py", *words]
+    outside = environ(HOME=str(home), PYTHONPATH="", PYTHONDONTWRITEBYTECODE="1")
+    done = subprocess.run(arguments, cwd=here, env=outside, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in here.iterdir()} == {f"{script}.py", "runs"}
+    (folder,) = (here / "runs").iterdir()
+    assert re.fullmatch(rf"InvertedPendulum-v5__{script}__1__\d+", folder.name)
+    assert not list(home.rglob("*"))
+    assert json.loads((folder / "args.json").read_text())["git"] is None
+
+
+def test_plain_progress_lines_in_a_pipe(script, tmp_path):
+    done = run(script, "--run-dir", tmp_path / "r", "--total-timesteps", 1024)
+    assert "\r" not in done.stderr and len(done.stderr.splitlines()) <= 3
+
+
+def test_compiling_learns_the_same(script, tmp_path):
+    """The first updates' losses agree with eager ones, and they do change."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    run(script, "--run-dir", tmp_path / "eager")
+    run(script, "--run-dir", tmp_path / "compiled", "--compile")
+    eager, compiled = metrics(tmp_path / "eager"), metrics(tmp_path / "compiled")
+    for line, other in zip(eager, compiled, strict=True):
+        for name in line:
+            if name.startswith("losses/"):
+                assert other[name] == pytest.approx(line[name], rel=0.02, abs=2e-3), name
+    assert eager[0]["losses/values"] != eager[1]["losses/values"]
+
+
+def test_video(script, tmp_path):
+    pytest.importorskip("moviepy")
+    arguments = ["--env-id", "probes:Drawn-v0", "--capture-video", "--run-dir", tmp_path / "r"]
+    run(script, *arguments)
+    (video,) = (tmp_path / "r" / "videos").glob("*.mp4")
+    assert video.stat().st_size > 500
+
+
+def test_counts_may_be_written_as_people_write_them(ppo):
+    assert [ppo.parse_count(x) for x in ("1e6", "1_000_000", "1000000", "2.5e3")] == [10**6] * 3 + [2500]
+    with pytest.raises(ValueError):
+        ppo.parse_count("1.5")
+
+
+def test_importing_and_help_have_no_side_effect(script, tmp_path):
+    done = run(script, "--help", quick=False, cwd=tmp_path)
+    assert "--total-timesteps" in done.stdout and not list(tmp_path.iterdir())

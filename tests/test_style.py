@@ -1,0 +1,144 @@
+"""The rules that keep nine complete files from drifting apart, checked on the source."""
+
+import ast
+import difflib
+import re
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+# Same name, different source: allowed only here, with the reason.
+VARIANTS: dict[str, str] = {
+    "Args": "fields and defaults differ; a field of the same name keeps its type and help",
+    "train": "the algorithm",
+    "make_env": "the spaces that an algorithm can handle differ",
+}
+COMMON_FLAGS = """env_id seed total_timesteps num_envs device torch_threads compile run_dir track
+wandb_project_name wandb_entity capture_video checkpoint_frequency resume evaluate eval_frequency
+eval_episodes""".split()
+BANNERS = ["Setup", "1. Act", "2. Step the environments", "3. Targets", "4. Update"]
+BANNERS += ["5. Log, checkpoint, evaluate"]
+INFRASTRUCTURE = "# ---- Run infrastructure: the same bytes in every script"
+
+
+def source(script):
+    return (ROOT / f"{script}.py").read_text()
+
+
+def definitions(text):
+    """Top-level name -> its source, with the comment lines above it."""
+    lines, found = text.splitlines(), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            start = min([node.lineno, *[d.lineno for d in node.decorator_list]]) - 1
+            while lines[start - 1].startswith("#") and not lines[start - 1].startswith("# ----"):
+                start -= 1
+            found[node.name] = "\n".join(lines[start : node.end_lineno])
+    return found
+
+
+def fields(text):
+    """Args field -> (type, help)."""
+    body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+    found = {}
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign):
+            help_text = after.value.value if isinstance(after, ast.Expr) else ""
+            found[node.target.id] = (ast.unparse(node.annotation), help_text)
+    return found
+
+
+def code_lines(text, first, last):
+    """Non-blank lines from first to last, without docstrings, imports and Args."""
+    skip = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            skip |= set(range(node.lineno, node.end_lineno + 1))
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            skip |= set(range(node.lineno - 1, node.end_lineno + 1))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node):
+            skip |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = text.splitlines()
+    return sum(1 for n in range(first, last + 1) if lines[n - 1].strip() and n not in skip)
+
+
+def drift(texts):
+    """Definitions of one name whose source differs between scripts, as diffs."""
+    first, diffs = {}, []
+    for script, text in texts.items():
+        for name, body in definitions(text).items():
+            where, known = first.setdefault(name, (script, body))
+            if known != body and name not in VARIANTS:
+                pair = (known.splitlines(), body.splitlines(), where, script)
+                diffs.append("\n".join(difflib.unified_diff(*pair, lineterm="")))
+    return diffs
+
+
+def infrastructure(text):
+    return text[text.index(INFRASTRUCTURE) :]
+
+
+def test_same_name_same_bytes():
+    assert not (found := drift({s: source(s) for s in SCRIPTS})), "\n\n".join(found)
+
+
+def test_drift_is_seen():
+    text = source("ppo_continuous")
+    changed = text.replace("self.global_step, self.wall_time", "self.wall_time, self.global_step", 1)
+    assert changed != text and len(drift({"one": text, "two": changed})) == 1
+
+
+def test_the_infrastructure_is_the_same_in_all():
+    assert len({infrastructure(source(script)) for script in SCRIPTS}) == 1
+
+
+def test_same_field_same_type_and_help():
+    known = {}
+    for script in SCRIPTS:
+        for name, meaning in fields(source(script)).items():
+            assert known.setdefault(name, meaning) == meaning, f"{script}: --{name}"
+
+
+def test_layout_of_a_script(script):
+    text = source(script)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    docstring = ast.get_docstring(ast.parse(text))
+    assert "arXiv:" in docstring and "Deviations from the paper" in docstring
+    assert f"python {script}.py" in docstring and len(docstring.splitlines()) <= 35
+    arguments = fields(text)
+    assert set(COMMON_FLAGS) <= arguments.keys()
+    for name, (_, help_text) in arguments.items():
+        assert help_text, f"{name} has no help text"
+    train = definitions(text)["train"]
+    positions = [train.find(f"# {banner}\n") for banner in BANNERS]
+    assert -1 not in positions and positions == sorted(positions)
+    start = next(n for n, line in enumerate(lines, 1) if line.startswith(INFRASTRUCTURE))
+    assert code_lines(text, 1, start - 1) <= 300
+    assert code_lines(text, start, len(lines)) <= 290
+    assert code_lines(text, *next(
+        (n.lineno, n.end_lineno) for n in ast.parse(text).body if getattr(n, "name", "") == "train"
+    )) <= 140
+
+
+def test_a_script_imports_nothing_from_here(script):
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"benchmark", "tests"}
+    for node in ast.walk(ast.parse(source(script))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names = [node.module]
+        assert not {name.split(".")[0] for name in names} & ours
+
+
+def test_checkpoints_never_run_code(script):
+    loads = re.findall(r"torch\.load\(.*", source(script))
+    assert loads and all("weights_only=True" in line for line in loads)
+    assert "pickle" not in source(script)
+
+
+@pytest.mark.parametrize("name", ["compute_gae", "ppo_policy_loss", "value_loss", "gaussian_log_prob"])
+def test_pure_functions_stay_pure(name):
+    for script in SCRIPTS:
+        body = definitions(source(script)).get(name, "")
+        assert not re.search(r"\bargs\b|\.item\(|print\(|global ", body), f"{script}: {name}"

@@ -1,0 +1,38 @@
+"""Read what an offline Weights & Biases run wrote: a LevelDB log of protobuf records."""
+
+import json
+import struct
+
+BLOCK = 32768  # a record is split where it crosses a block; a chunk has a 7-byte header
+FULL, FIRST, _, LAST = 1, 2, 3, 4
+
+
+def payloads(data):
+    assert data[:4] == b":W&B"
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        if BLOCK - position % BLOCK < 7:  # too small for a header: padding
+            position += BLOCK - position % BLOCK
+            continue
+        _, size, kind = struct.unpack("<IHB", data[position : position + 7])
+        chunk = data[position + 7 : position + 7 + size]
+        position += 7 + size
+        record = chunk if kind in (FULL, FIRST) else record + chunk
+        if kind in (FULL, LAST):
+            yield record
+
+
+def read(path):
+    """The run's configuration, and its history as one dict a row."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    config, history = {}, []
+    for payload in payloads(path.read_bytes()):
+        record = Record()
+        record.ParseFromString(payload)
+        if record.HasField("run"):
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        if record.HasField("history"):
+            row = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
+            history.append({key: json.loads(value) for key, value in row.items()})
+    return config, history
