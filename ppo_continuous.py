@@ -209,7 +209,7 @@ class GaussianActor(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, log_std_init: float) -> None:
         super().__init__()
         self.mean = tanh_mlp(obs_dim, action_dim, out_gain=0.01)  # starts with means close to 0
-        self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
+        self.log_std = nn.Parameter(torch.zeros(action_dim) + log_std_init)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         return self.mean(obs), self.log_std
@@ -602,8 +602,6 @@ def train(args: Args) -> None:
 
 
 # ---- Run infrastructure: the same bytes in every script ------------------------------------------
-# It keeps the run folder, resumes, evaluates, tracks, reports, and knows nothing of the algorithm.
-# What must survive a kill has state_dict() and load_state_dict(); train() lists it once, in a dict.
 
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
@@ -661,8 +659,7 @@ def setup(args: Any) -> torch.device:
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
-    mps = torch.backends.mps.is_available()
-    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
     device = max(here, key=here.get) if args.device == "auto" else args.device
     if not here[device]:
         stop(f"error: --device {device}: torch finds none here; use auto or cpu")
@@ -679,7 +676,7 @@ def rng_state() -> dict[str, Any]:
     """State of all global generators, in types that torch.load(weights_only=True) accepts."""
     name, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return state | {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
@@ -687,8 +684,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 class LoopState(dict):
@@ -740,7 +736,11 @@ class ReplayableEnv(gym.Wrapper):
 
 
 class Run:
-    """A run and its folder. `policy` maps one observation to the deterministic action."""
+    """A run and its folder; knows nothing of the algorithm.
+
+    `state` names all that must survive a kill; each part has state_dict() and load_state_dict().
+    `policy` maps one observation to the deterministic action.
+    """
 
     SAVED = ("global_step", "wall_time", "wandb_id")
 
@@ -750,12 +750,12 @@ class Run:
         name = f"{args.env_id.replace('/', '-')}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or f"runs/{name}")
         self.global_step, self.wall_time, self.wandb_id = 0, 0.0, uuid.uuid4().hex[:8]
-        self.episodes, self.recent_return, self.result = [], math.nan, {}
-        self.signal, self.wandb, self.bar = 0, None, tqdm(disable=True)
+        self.episodes, self.recent, self.result = [], "no episode yet", {}
+        self.signal, self.wandb, self.bar, self.last_line = 0, None, tqdm(disable=True), 0.0
         self.refuse_what_would_fail()
         if args.resume or args.evaluate:
             self.load_checkpoint()
-        self.started = self.last_line, *_ = time.time(), self.global_step, self.wall_time
+        self.started = (time.time(), self.global_step, self.wall_time)
         if args.evaluate:
             return
         with self.writing():
@@ -823,12 +823,13 @@ class Run:
 
     def describe(self) -> dict[str, Any]:
         """Which code runs, and on what."""
-        names = {"torch", "gymnasium", "numpy", "mujoco"} & sys.modules.keys()
-        versions = {name: sys.modules[name].__version__ for name in sorted(names)}
+        names = ("torch", "gymnasium", "numpy", "mujoco")
+        versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
+        versions["python"] = sys.version.split()[0]
         git = [shutil.which("git") or "false", "-C", str(SCRIPT.parent), "rev-parse", "--verify"]
-        commit = subprocess.run([*git, "HEAD"], capture_output=True, text=True).stdout.strip() or None
-        about = {"script": SCRIPT.name, "sha256": SHA256, "git": commit, "device": self.device}
-        return about | {"versions": {"python": sys.version.split()[0], **versions}}
+        commit = subprocess.run([*git, "HEAD"], capture_output=True, text=True).stdout.strip()
+        about = {"script": SCRIPT.name, "sha256": SHA256, "git": commit or None}
+        return about | {"versions": versions, "device": self.device}
 
     def start_wandb(self) -> None:
         """Track online with a valid key and a network, offline otherwise; never ask."""
@@ -888,8 +889,8 @@ class Run:
         if self.episodes:
             means = np.mean(self.episodes, axis=0).tolist()
             metrics["charts/episodic_return"], metrics["charts/episodic_length"] = means
-            metrics["charts/episodes"], self.recent_return = len(self.episodes), means[0]
-            self.episodes = []
+            metrics["charts/episodes"], self.episodes = len(self.episodes), []
+            self.recent = f"return {means[0]:.1f}"
         start_time, start_step, earlier = self.started
         elapsed = time.time() - start_time
         self.wall_time = earlier + elapsed
@@ -925,12 +926,12 @@ class Run:
             self.wandb.log(line)
 
     def show_progress(self, speed: float) -> None:
-        step, total, recent = self.global_step, self.args.total_timesteps, self.recent_return
-        self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
+        step, total = self.global_step, self.args.total_timesteps
+        self.bar.set_postfix_str(self.recent, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.time() > self.last_line + 10:
-            self.last_line, rest = time.time(), f"{(total - step) / speed:.0f} s left, {recent:.1f}"
-            print(f"{step}/{total} steps, {speed:.0f}/s, {rest} return", file=sys.stderr)
+            self.last_line, left = time.time(), f"{(total - step) / speed:.0f} s left"
+            print(f"{step}/{total} steps, {speed:.0f}/s, {left}, {self.recent}", file=sys.stderr)
 
     def evaluate(self) -> dict[str, float]:
         """Play whole episodes, the same every time; the training stream does not notice."""

@@ -1,4 +1,4 @@
-"""What the tests share: the scripts, a cheap command line for each, and ways to run and load them."""
+"""What the tests share: the scripts, a cheap command line for each, ways to run and load them."""
 
 import importlib.util
 import json

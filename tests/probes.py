@@ -157,7 +157,7 @@ class Picture(Probe):
 class Drawn(Probe):
     """Can be rendered without a display."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     length = 20
 
     def __init__(self, render_mode=None):

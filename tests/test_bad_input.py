@@ -1,4 +1,4 @@
-"""What a user gets wrong: one clear line, exit code 2, no traceback, nothing written, nothing lost."""
+"""What a user gets wrong: one clear line, exit code 2, nothing written, nothing lost."""
 
 import json
 import os
@@ -103,7 +103,12 @@ def test_a_folder_that_cannot_be_written(script, tmp_path):
 
 def test_resuming_with_other_arguments(script, finished):
     folder = finished(script)
-    for arguments in (["--gamma", 0.5], ["--seed", 2], ["--num-envs", 4], ["--total-timesteps", 256]):
+    for arguments in (
+        ["--gamma", 0.5],
+        ["--seed", 2],
+        ["--num-envs", 4],
+        ["--total-timesteps", 256],
+    ):
         flag = str(arguments[0])
         refuse(script, "--resume", folder, *arguments, quick=False, says=["error:", flag])
     # the default value, given, is refused too where the run has another

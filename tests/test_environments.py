@@ -10,7 +10,7 @@ def counting_envs(ppo, num_envs=3, seed=0):
 
 
 def test_final_observations_and_episodes_are_complete(ppo):
-    """At every end: the final observation of the old episode, the first of the new, and its sums."""
+    """At every end: the last observation of the old episode, the first of the new, the sums."""
     envs, finished = counting_envs(ppo), 0
     obs = envs.obs
     for _ in range(200):
@@ -22,7 +22,8 @@ def test_final_observations_and_episodes_are_complete(ppo):
             if dones[i]:
                 final = infos["final_obs"][i]
                 assert final.tolist() == [before[i, 0] + 1, before[i, 1]] and final[0] == final[1]
-                assert infos["final_info"]["return"][i] == infos["final_info"]["length"][i] == final[1]
+                ended = infos["final_info"]
+                assert ended["return"][i] == ended["length"][i] == final[1]
                 assert obs[i, 0] == 0
                 finished += 1
             else:

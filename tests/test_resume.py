@@ -59,7 +59,7 @@ def test_killed_at_random_instants(script, undisturbed, tmp_path):
         process.kill()
         process.communicate()
         process = start(script, "--resume", folder, quick=False)
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "could not be brought back" not in err
     assert_same_end(folder, undisturbed(script))

@@ -4,10 +4,11 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, checkpoint, command, load, metrics, run, same, without_times
+from conftest import ROOT, checkpoint, command, environ, load, metrics, run, same, without_times
 
 LAST_LINE = re.compile(
     r"eval mean_return=(-?\d+\.\d+) std=(\d+\.\d+) episodes=(\d+) global_step=(\d+) run_dir=(\S+)"
@@ -44,7 +45,10 @@ def test_run_folder(script, finished):
     assert {"python", "torch", "gymnasium", "numpy"} <= about["versions"].keys()
     assert about["args"]["total_timesteps"] == 512 and about["args"]["gamma"] is not None
     assert {path.name for path in folder.iterdir()} == {
-        "args.json", "checkpoint.pt", "metrics.jsonl", f"{script}.py"
+        "args.json",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        f"{script}.py",
     }
 
 
@@ -54,7 +58,9 @@ def test_an_update_happened_and_is_logged(script, finished):
     names = {name for line in lines for name in line}
     assert {"charts/episodic_return", "charts/episodic_length", "charts/episodes"} <= names
     assert {"charts/SPS", "charts/learning_rate", "losses/grad_norm"} <= names
-    assert [line["global_step"] for line in lines] == sorted({line["global_step"] for line in lines})
+    assert [line["global_step"] for line in lines] == sorted(
+        {line["global_step"] for line in lines}
+    )
     times = [line["wall_time"] for line in lines]
     assert times == sorted(times) and times[0] > 0
     # Pendulum: 512 steps in episodes of 200, and every episode that ended is in a line
@@ -117,10 +123,6 @@ def test_alone_in_an_empty_folder(script, tmp_path):
     here.mkdir()
     shutil.copy(ROOT / f"{script}.py", here)
     words = command(script, "--env-id", "InvertedPendulum-v5")[2:]
-    import subprocess
-
-    from conftest import environ
-
     arguments = [sys.executable, f"{script}.py", *words]
     outside = environ(HOME=str(home), PYTHONPATH="", PYTHONDONTWRITEBYTECODE="1")
     done = subprocess.run(arguments, cwd=here, env=outside, capture_output=True, text=True)
@@ -160,7 +162,8 @@ def test_video(script, tmp_path):
 
 
 def test_counts_may_be_written_as_people_write_them(ppo):
-    assert [ppo.parse_count(x) for x in ("1e6", "1_000_000", "1000000", "2.5e3")] == [10**6] * 3 + [2500]
+    assert [ppo.parse_count(x) for x in ("1e6", "1_000_000", "1000000")] == [10**6] * 3
+    assert ppo.parse_count("2.5e3") == 2500
     with pytest.raises(ValueError):
         ppo.parse_count("1.5")
 

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import itertools
 import re
 
 import pytest
@@ -39,9 +40,9 @@ def definitions(text):
 
 def fields(text):
     """Args field -> (type, help)."""
-    body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+    body = next(n for n in ast.parse(text).body if getattr(n, "name", "") == "Args").body
     found = {}
-    for node, after in zip(body, body[1:], strict=False):
+    for node, after in itertools.pairwise(body):
         if isinstance(node, ast.AnnAssign):
             help_text = after.value.value if isinstance(after, ast.Expr) else ""
             found[node.target.id] = (ast.unparse(node.annotation), help_text)
@@ -56,7 +57,8 @@ def code_lines(text, first, last):
             skip |= set(range(node.lineno, node.end_lineno + 1))
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             skip |= set(range(node.lineno - 1, node.end_lineno + 1))
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node):
+        documented = isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
+        if documented and ast.get_docstring(node):
             skip |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     lines = text.splitlines()
     return sum(1 for n in range(first, last + 1) if lines[n - 1].strip() and n not in skip)
@@ -84,7 +86,7 @@ def test_same_name_same_bytes():
 
 def test_drift_is_seen():
     text = source("ppo_continuous")
-    changed = text.replace("self.global_step, self.wall_time", "self.wall_time, self.global_step", 1)
+    changed = text.replace("finish(self) -> None", "finish(self)", 1)
     assert changed != text and len(drift({"one": text, "two": changed})) == 1
 
 
@@ -116,9 +118,17 @@ def test_layout_of_a_script(script):
     start = next(n for n, line in enumerate(lines, 1) if line.startswith(INFRASTRUCTURE))
     assert code_lines(text, 1, start - 1) <= 300
     assert code_lines(text, start, len(lines)) <= 290
-    assert code_lines(text, *next(
-        (n.lineno, n.end_lineno) for n in ast.parse(text).body if getattr(n, "name", "") == "train"
-    )) <= 140
+    assert (
+        code_lines(
+            text,
+            *next(
+                (n.lineno, n.end_lineno)
+                for n in ast.parse(text).body
+                if getattr(n, "name", "") == "train"
+            ),
+        )
+        <= 140
+    )
 
 
 def test_a_script_imports_nothing_from_here(script):
@@ -137,7 +147,7 @@ def test_checkpoints_never_run_code(script):
     assert "pickle" not in source(script)
 
 
-@pytest.mark.parametrize("name", ["compute_gae", "ppo_policy_loss", "value_loss", "gaussian_log_prob"])
+@pytest.mark.parametrize("name", ["compute_gae", "ppo_policy_loss", "value_loss"])
 def test_pure_functions_stay_pure(name):
     for script in SCRIPTS:
         body = definitions(source(script)).get(name, "")

@@ -1,4 +1,4 @@
-"""--track needs neither account nor network, never asks, and writes nothing outside the run folder."""
+"""--track needs neither account nor network, never asks, and writes only into the run folder."""
 
 import os
 import pty

@@ -1,0 +1,42 @@
+"""Stable-Baselines3's PPO on the work that benchmark/speed.py names; prints steps per second."""
+
+import sys
+import time
+
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+
+class Clock(BaseCallback):
+    """Notes the time at the end of every rollout."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_start(self) -> None:
+        self.marks = []
+
+    def _on_rollout_start(self) -> None:
+        self.marks.append((time.perf_counter(), self.num_timesteps))
+
+
+def main(env_id: str, total_timesteps: int, warm_up: int) -> None:
+    torch.set_num_threads(1)
+    envs = VecNormalize(make_vec_env(env_id, n_envs=8, seed=1))
+    network = {"net_arch": [64, 64], "activation_fn": torch.nn.Tanh}
+    model = PPO(
+        "MlpPolicy", envs, n_steps=256, batch_size=64, n_epochs=10, learning_rate=3e-4, seed=1,
+        device="cpu", policy_kwargs=network,
+    )  # fmt: skip
+    clock = Clock()
+    model.learn(total_timesteps, callback=clock)
+    end = (time.perf_counter(), model.num_timesteps)
+    start = next(mark for mark in clock.marks if mark[1] >= warm_up)
+    print((end[1] - start[1]) / (end[0] - start[0]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

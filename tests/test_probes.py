@@ -1,0 +1,104 @@
+"""Tiny environments with known values: each catches one family of bugs (see probes.py)."""
+
+import pytest
+import torch
+from conftest import checkpoint, load, metrics, run
+
+PROBE = """--num-envs 4 --num-steps 64 --num-minibatches 4 --learning-rate 0.003 --no-anneal-lr
+--gamma 0.9 --total-timesteps 12800 --eval-episodes 1 --no-norm-obs --no-norm-reward""".split()
+
+
+def learn(folder, probe, *extra):
+    run("ppo_continuous", "--env-id", f"probes:{probe}-v0", "--run-dir", folder, *PROBE, *extra)
+    return metrics(folder)[-1]["losses/values"]
+
+
+def networks(folder):
+    module, saved = load("ppo_continuous"), checkpoint(folder)
+    actor = module.GaussianActor(1, len(saved["actor"]["log_std"]), 0)
+    critic = module.ValueCritic(1)
+    actor.load_state_dict(saved["actor"])
+    critic.load_state_dict(saved["critic"])
+    return actor, critic
+
+
+def values(folder, *observations):
+    with torch.no_grad():
+        return networks(folder)[1](torch.tensor(observations)[:, None]).tolist()
+
+
+def test_constant_value(tmp_path):
+    assert learn(tmp_path, "Probe") == pytest.approx(1, abs=0.05)
+
+
+def test_value_of_an_observation(tmp_path):
+    learn(tmp_path, "ObservedValue")
+    assert values(tmp_path, -1.0, 1.0) == pytest.approx([-1, 1], abs=0.1)
+
+
+def test_discounting(tmp_path):
+    learn(tmp_path, "Delayed")
+    assert values(tmp_path, 0.0, 1.0) == pytest.approx([0.9, 1], abs=0.05)
+
+
+@pytest.mark.parametrize("extra", [(), ("--no-recompute-advantages",), ("--gae-lambda", "0.5")])
+def test_a_time_limit_bootstraps(tmp_path, extra):
+    """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9) = 10."""
+    assert learn(tmp_path, "Forever", *extra) == pytest.approx(10, abs=0.7)
+
+
+def test_a_time_limit_bootstraps_under_normalisation(tmp_path):
+    """The same with scaled rewards: losses/values is in the environment's own units."""
+    normalised = ["--norm-reward", "--norm-obs"]
+    assert learn(tmp_path, "Forever", *normalised) == pytest.approx(10, abs=1)
+
+
+def test_its_terminating_twin_does_not(tmp_path):
+    """The same, but ending after 5 steps: V of the first step is 4.1, and a mean near 2.7."""
+    assert 2 < learn(tmp_path, "Ending") < 4.1
+
+
+def test_best_action_in_a_lopsided_box(tmp_path):
+    """The best action is (4.5, -7) in [3, 5] x [-8, 0]."""
+    learn(tmp_path, "Target")
+    module = load("ppo_continuous")
+    low, high = torch.tensor([3.0, -8.0]).numpy(), torch.tensor([5.0, 0.0]).numpy()
+    mean, _ = networks(tmp_path)[0](torch.zeros(1))
+    action = module.to_box(mean.detach().numpy(), low, high)
+    assert action.tolist() == pytest.approx([4.5, -7], abs=0.3)
+    assert metrics(tmp_path)[-1]["eval/episodic_return"] > -0.05
+
+
+def test_best_action_depends_on_the_observation(tmp_path):
+    learn(tmp_path, "ObservedTarget")
+    actor, _ = networks(tmp_path)
+    means = actor(torch.tensor([[-1.0], [1.0]]))[0].flatten().tolist()
+    assert means == pytest.approx([-0.5, 0.5], abs=0.15)
+
+
+@pytest.mark.parametrize("objective", ["kl-penalty", "clip+kl-penalty"])
+def test_every_objective_learns_and_adapts(tmp_path, objective):
+    learn(tmp_path, "Target", "--policy-objective", objective, "--target-kl", "0.01")
+    lines = metrics(tmp_path)
+    assert lines[-1]["eval/episodic_return"] > -0.1
+    assert len({line["charts/kl_coef"] for line in lines}) > 1
+    assert checkpoint(tmp_path)["loop"]["kl_coef"] == lines[-1]["charts/kl_coef"]
+
+
+def test_target_kl_ends_the_epochs_early(tmp_path):
+    learn(tmp_path / "free", "Target", "--total-timesteps", "1024")
+    learn(tmp_path / "held", "Target", "--total-timesteps", "1024", "--target-kl", "1e-4")
+    free, held = ([x["losses/approx_kl"] for x in metrics(tmp_path / n)] for n in ("free", "held"))
+    assert max(held) < max(free) / 2
+
+
+def test_minibatches_of_one_sample(tmp_path):
+    """No NaN from a standard deviation over one element."""
+    extra = ["--num-steps", "4", "--num-minibatches", "16", "--total-timesteps", "256"]
+    learn(tmp_path, "Target", *extra)
+
+
+def test_odd_spaces_run(tmp_path):
+    """Dict observations, a matrix of actions, float64 and 2-d parts, values in a nested Dict."""
+    learn(tmp_path, "Nested", "--total-timesteps", "512")
+    assert metrics(tmp_path)[-1]["charts/episodic_length"] == 7
