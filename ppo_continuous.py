@@ -584,7 +584,7 @@ def train(args: Args) -> None:
                     parameter.grad = gradient
                 optimizer.step()
                 steps.append(step_metrics)
-            for name in step_metrics:  # means over the last epoch
+            for name in steps[0]:  # means over the last epoch
                 metrics[name] = torch.stack([step[name] for step in steps]).mean().item()
             kl = metrics["losses/approx_kl"]
             if args.target_kl and not penalised and kl > 1.5 * args.target_kl:
@@ -730,8 +730,7 @@ class ReplayableEnv(gym.Wrapper):
             self.step(action)
         exact = np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True)
         if not exact or self.episodic_return != state["episodic_return"]:
-            message = "warning: an environment could not be brought back, so its episode restarts"
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write("warning: environment not restored, its episode restarts", sys.stderr)
             self.reset()
 
 
@@ -762,8 +761,7 @@ class Run:
             self.open_folder()
         if args.track:
             self.start_wandb()
-        total, in_pipe = args.total_timesteps, not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=self.global_step, unit=" steps", disable=in_pipe)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, disable=None)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -953,6 +951,11 @@ class Run:
                 if termination or truncation:
                     break
         env.close()
+        if video and self.wandb:
+            from wandb import Video
+
+            clip = Video(f"{folder}/{name}-episode-0.mp4", format="mp4")
+            self.wandb.log({"global_step": self.global_step, "eval/video": clip})
         set_rng_state(before)
         names = ("eval/episodic_return", "eval/episodic_return_std", "eval/episodes")
         return dict(zip(names, (np.mean(returns), np.std(returns), len(returns)), strict=True))

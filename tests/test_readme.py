@@ -1,0 +1,84 @@
+"""The README tells the truth: its commands run, links lead somewhere, tables are the data's."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS, environ
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_install_commands_name_files_that_exist():
+    for path in re.findall(r"pip install -r (\S+)", README):
+        assert (ROOT / path.rstrip("`)")).is_file(), path
+    assert "pip install -r tests/requirements.txt && python -m pytest" in commands()
+
+
+def test_every_script_command_runs(tmp_path):
+    """In order, in one folder, as a reader would type them; only shorter."""
+    for script in SCRIPTS:
+        shutil.copy(ROOT / f"{script}.py", tmp_path)
+    for line in commands():
+        command = line.split("&&")[-1].strip()
+        if not command.endswith(".py") and ".py " not in command:
+            continue
+        words = shlex.split(command)
+        if "--resume" not in words and "--evaluate" not in words:
+            words += ["--total-timesteps", "2048", "--eval-episodes", "1"]
+        elif "--total-timesteps" in words:
+            words[words.index("--total-timesteps") + 1] = "4096"
+        if "--evaluate" in words:
+            words[words.index("--eval-episodes") + 1] = "2"
+        assert words[0] == "python"
+        done = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=tmp_path,
+            env=environ(HOME=str(tmp_path)),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert done.stdout.startswith("eval mean_return="), line
+
+
+def test_flags_in_the_prose_exist():
+    help_text = "".join(
+        subprocess.run(
+            [sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True
+        ).stdout
+        for script in SCRIPTS
+    )
+    for flag in set(re.findall(r"`(--[a-z-]+)", README)):
+        assert flag in help_text, flag
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_every_script_is_in_the_table():
+    for script in SCRIPTS:
+        assert f"| [`{script}.py`]({script}.py) |" in README
+
+
+def test_results_are_what_the_committed_data_gives():
+    sys.path.insert(0, str(ROOT))
+    from benchmark import report
+
+    assert report.readme_with_results() == README, "python -m benchmark.report"
+    for script in report.ALGORITHMS:
+        assert report.load(script), f"no results of {script}"
+        Image = pytest.importorskip("PIL.Image")
+        image = Image.open(report.RESULTS / f"{script}.png")
+        assert image.info["Data"] == report.data_hash(script), "python -m benchmark.report"
+        assert "older code" not in report.table(script)
