@@ -9,12 +9,12 @@ away from the data. Schulman et al. 2017, arXiv:1707.06347; the equation numbers
         run the policy for num_steps in each of num_envs environments           (Algorithm 1)
         for each epoch:
             delta_t = r_t + gamma V(s_t+1) - V(s_t)                             (eq. 12)
-            A_t = delta_t + gamma lambda A_t+1                                  (eq. 11, recursive)
+            A_t = delta_t + gamma lambda A_t+1, R_t = A_t + V(s_t)              (eq. 11, recursive)
             for each minibatch:
                 ratio = pi(a|s) / pi_old(a|s)                                   (section 3)
                 L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)       (eq. 7)
                 or: L = mean of ratio A - beta KL(pi_old, pi)                   (eq. 8)
-                one Adam step on -L + c1 (V - (A + V_old))^2 / 2 - c2 entropy   (eq. 9)
+                one Adam step on -L + c1 (V(s) - R)^2 / 2 - c2 entropy          (eq. 9)
         with the KL penalty: double or halve beta to keep the KL at its target  (section 4)
 
     python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
@@ -129,7 +129,7 @@ class Args:
     anneal_lr: bool = True
     """Lower the learning rate linearly towards 0 (arXiv:2006.05990, section 3.7)."""
     anneal_steps: Count = 3_000_000
-    """Environment steps at which that line reaches 0; at least --total-timesteps are taken."""
+    """Environment steps over which it would reach 0; --total-timesteps, if that is more."""
     gamma: float = 0.99
     """Discount factor per environment step."""
     gae_lambda: float = 0.95
@@ -173,10 +173,13 @@ class Args:
         require(self, f"{counts} eval_episodes torch_threads", lambda x: x >= 1, "at least 1")
         require(self, "seed checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
         require(self, "gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
-        require(self, "learning_rate clip_coef max_grad_norm", lambda x: 0 < x < math.inf, "> 0")
-        require(self, "vf_coef ent_coef kl_coef", lambda x: 0 <= x < math.inf, "0 or more")
+        positive = "learning_rate clip_coef kl_coef max_grad_norm"
+        require(self, positive, lambda x: 0 < x < math.inf, "above 0")
+        require(self, "vf_coef ent_coef", lambda x: 0 <= x < math.inf, "0 or more")
         require(self, "target_kl", lambda x: x is None or 0 < x < math.inf, "above 0")
         require(self, "log_std_init", lambda x: -20 <= x <= 2, "between -20 and 2")
+        require(self, "resume evaluate", lambda x: x != "", "the path of a run folder")
+        require(self, "evaluate", lambda x: x is None or self.resume is None, "without --resume")
         divides = f"a divisor of num_envs * num_steps = {self.batch_size}"
         require(self, "num_minibatches", lambda x: self.batch_size % x == 0, divides)
         penalised = "kl-penalty" in self.policy_objective
@@ -317,9 +320,9 @@ def compute_gae(
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """KL(old, new) in nats from actions of the old policy: unbiased, never negative.
+    """KL(old, new) in nats from actions of the old policy: never negative, and unbiased.
 
-    So is its gradient, if log_ratio = log pi(a|s) - log pi_old(a|s) carries one.
+    log_ratio is log pi(a|s) - log pi_old(a|s); the gradient through it is unbiased as well.
 
     Shapes: log_ratio (B,) -> (). Source: Schulman 2020, joschu.net/blog/kl-approx.html, k3.
     """
@@ -346,7 +349,9 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
 
     Source: Schulman et al. 2017, section 4.
     """
-    return kl_coef * 2 if kl > target_kl * 1.5 else kl_coef / 2 if kl < target_kl / 1.5 else kl_coef
+    if kl > 1.5 * target_kl:
+        return kl_coef * 2
+    return kl_coef / 2 if kl < target_kl / 1.5 else kl_coef
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
@@ -520,10 +525,11 @@ def train(args: Args) -> None:
         return [gradient * shrink for gradient in gradients], metrics
 
     if args.compile:
-        gradient_step = compiled(gradient_step)
+        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad in the same graph
+        gradient_step = torch.compile(gradient_step, fullgraph=True)
     state = {"actor": actor, "critic": critic, "optimizer": optimizer, "envs": envs, "loop": loop}
     state |= {"obs_normalizer": obs_normalizer, "reward_scaler": reward_scaler}
-    run = Run(args, device, state, deterministic_policy, make_env)
+    run = Run(args, device, state, deterministic_policy, make_env)  # --resume: restores the state
     obs = envs.obs
 
     while not run.finished:
@@ -563,18 +569,20 @@ def train(args: Args) -> None:
             if epoch == 0 or args.recompute_advantages:
                 with torch.no_grad():
                     values, next_values = critic(norm_obs), critic(norm_next_obs)
-                ends = (buffer.terminations, buffer.dones)
-                discounts = (args.gamma, args.gae_lambda)
-                advantages = compute_gae(rewards, values, next_values, *ends, *discounts)
+                advantages = compute_gae(
+                    rewards, values, next_values, buffer.terminations, buffer.dones,
+                    args.gamma, args.gae_lambda,
+                )
                 returns = advantages + values
-            if epoch == 0:  # judge the critic before it learns from this rollout
+            if epoch == 0:  # the critic before it learns from this rollout
+                old_values = values
                 metrics = {
                     "losses/values": (values.mean() * reward_scale).item(),  # unscaled
                     "losses/explained_variance": explained_variance(values, returns).item(),
                 }
 
             # 4. Update
-            batch = (norm_obs, buffer.actions, buffer.log_probs, advantages, returns, values)
+            batch = (norm_obs, buffer.actions, buffer.log_probs, advantages, returns, old_values)
             order = torch.randperm(args.batch_size, device=device)
             shuffled = [x.flatten(0, 1)[order].chunk(args.num_minibatches) for x in batch]
             kl_coef, steps = torch.tensor(loop["kl_coef"], device=device), []
@@ -586,11 +594,15 @@ def train(args: Args) -> None:
                 steps.append(step_metrics)
             for name in steps[0]:  # means over the last epoch
                 metrics[name] = torch.stack([step[name] for step in steps]).mean().item()
-            kl = metrics["losses/approx_kl"]
-            if args.target_kl and not penalised and kl > 1.5 * args.target_kl:
+            too_far = args.target_kl and metrics["losses/approx_kl"] > 1.5 * args.target_kl
+            if too_far and not penalised:
                 break
 
         if penalised:
+            with torch.no_grad():
+                mean, log_std = actor(norm_obs)
+                log_probs = gaussian_log_prob(mean, log_std, buffer.actions)
+                kl = approximate_kl(log_probs - buffer.log_probs).item()
             loop["kl_coef"] = adapt_kl_coef(loop["kl_coef"], kl, args.target_kl)
         if args.norm_obs:  # only now: the whole iteration sees the world through one normaliser
             obs_normalizer.update(buffer.obs.flatten(0, 1))
@@ -624,8 +636,8 @@ def require(args: Any, names: str, allowed: Callable[[Any], bool], text: str) ->
 def parse_args(args_class: type) -> Any:
     """The command line's arguments; with --resume or --evaluate what it lacks is the folder's."""
     args = tyro.cli(args_class)
-    folder, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
-    if not folder:
+    flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
+    if folder is None:
         return args
     try:
         about = json.loads(Path(folder, "args.json").read_text())
@@ -651,25 +663,18 @@ def parse_args(args_class: type) -> Any:
 
 def setup(args: Any) -> torch.device:
     """Seed every generator, set the threads, and return the device."""
-    if args.compile and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
-        stop("error: --compile needs a C++ compiler: install g++, or leave it out")
+    if args.compile and not args.evaluate and not shutil.which(os.environ.get("CXX", "g++")):
+        stop("error: --compile needs a C++ compiler, such as g++, which is not here")
     if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a display only when told
     torch.set_num_threads(args.torch_threads)
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
-    device = max(here, key=here.get) if args.device == "auto" else args.device
-    if not here[device]:
-        stop(f"error: --device {device}: torch finds none here; use auto or cpu")
-    return torch.device(device)
-
-
-def compiled(function: Callable) -> Callable:
-    """The function as one compiled graph, its torch.autograd.grad included."""
-    torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, fullgraph=True)
+    found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    if args.device not in ["auto", *found]:
+        stop(f"error: --device {args.device}: torch finds none here; use auto or cpu")
+    return torch.device(found[0] if args.device == "auto" else args.device)
 
 
 def rng_state() -> dict[str, Any]:
@@ -754,7 +759,7 @@ class Run:
         self.refuse_what_would_fail()
         if args.resume or args.evaluate:
             self.load_checkpoint()
-        self.started = (time.time(), self.global_step, self.wall_time)
+        self.start_time = time.time() - self.wall_time
         if args.evaluate:
             return
         with self.writing():
@@ -773,7 +778,8 @@ class Run:
         """The user's mistakes that can be seen before any file is written."""
         if (self.dir / "args.json").exists() and not (self.args.resume or self.args.evaluate):
             stop(f"error: --run-dir {self.dir} holds a run: name another, or --resume {self.dir}")
-        if self.args.track and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+        tracks = self.args.track and not self.args.evaluate
+        if tracks and not getattr(importlib.util.find_spec("wandb"), "origin", None):
             stop("error: --track needs wandb: pip install wandb, or leave it out")
         if self.args.capture_video:
             try:
@@ -796,7 +802,7 @@ class Run:
             go_on = f"then --resume {self.dir}" if begun else "or name another --run-dir"
             stop(f"error: cannot write {self.dir}: {reason}: make room, {go_on}")
 
-    def replace(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+    def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
         """Write a file so that a kill at any instant leaves the old one or the new one."""
         temporary = self.dir / f"{name}.tmp"
         with open(temporary, "wb") as file:
@@ -808,14 +814,19 @@ class Run:
     def open_folder(self) -> None:
         """Make the folder of a new run, or cut a resumed one's metrics back to its checkpoint."""
         self.dir.mkdir(parents=True, exist_ok=True)
-        about, metrics, kept = self.dir / "args.json", self.dir / "metrics.jsonl", ""
-        about = json.loads(about.read_text()) if self.args.resume else self.describe()
+        about, lines = self.describe(), []
+        if self.args.resume:
+            about = json.loads((self.dir / "args.json").read_text())
+            with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: a torn last line
+                for text in (self.dir / "metrics.jsonl").read_text().splitlines():
+                    lines.append(json.loads(text))
+        lines = [line for line in lines if line["global_step"] <= self.global_step]
+        if self.finished and lines:  # nothing is left to do but to print the final evaluation
+            self.result = {key: x for key, x in lines[-1].items() if key.startswith("eval/")}
         about["args"] = asdict(self.args) | {"resume": None, "evaluate": None}
-        with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: a torn last line
-            for line in metrics.read_text().splitlines() if self.args.resume else []:
-                kept += line + "\n" if json.loads(line)["global_step"] <= self.global_step else ""
-        self.replace("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
-        self.replace("metrics.jsonl", lambda file: file.write(kept.encode()))
+        metrics = "".join(json.dumps(line) + "\n" for line in lines)
+        self.write_whole("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+        self.write_whole("metrics.jsonl", lambda file: file.write(metrics.encode()))
         if not self.args.resume:
             shutil.copyfile(SCRIPT, self.dir / SCRIPT.name)
 
@@ -830,36 +841,35 @@ class Run:
         return about | {"versions": versions, "device": self.device}
 
     def start_wandb(self) -> None:
-        """Track online with a valid key and a network, offline otherwise; never ask."""
+        """Track online where a key and the network allow it, offline otherwise; never ask."""
         import wandb
 
         os.environ["WANDB_CACHE_DIR"] = os.environ["WANDB_DATA_DIR"] = str(self.dir.resolve())
-        mode, online, args = os.environ.get("WANDB_MODE", "online"), False, self.args
-        with contextlib.suppress(wandb.Error):  # raised without a network, or by a wrong key
-            online = mode == "online" and wandb.login(prompt=False)
-        if mode == "online" and not online:
-            mode, sync = "offline", f"wandb sync {self.dir}/wandb/offline-run-*"
-            tqdm.write(f"wandb logs offline; to send it later: {sync}", file=sys.stderr)
-        self.wandb = wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-            name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", id=self.wandb_id, mode=mode,
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-            resume="allow", dir=self.dir,
-        )
+        args, settings = self.args, wandb.Settings(silent=True, console="off", x_disable_stats=True)
+        for mode in (os.environ.get("WANDB_MODE", "online"), "offline"):
+            with contextlib.suppress(wandb.Error):  # no network, a wrong key, an unknown entity
+                if mode != "online" or wandb.login(prompt=False):
+                    self.wandb = wandb.init(
+                        project=args.wandb_project_name, entity=args.wandb_entity, mode=mode,
+                        name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", dir=self.dir,
+                        id=self.wandb_id, resume="allow", config=asdict(args), settings=settings,
+                    )
+                    break
+        if mode == "offline":
+            tqdm.write(f"offline; later: wandb sync {self.dir}/wandb/offline-run-*", sys.stderr)
         self.wandb.define_metric("global_step")
         self.wandb.define_metric("*", step_metric="global_step")
 
     def on_signal(self, number: int, frame: Any) -> None:
         self.signal = number
         os.write(2, b"\nfinishing this iteration and a checkpoint; once more ends at once\n")
-        for either in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(either, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
     def save_checkpoint(self) -> None:
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {name: getattr(self, name) for name in self.SAVED} | {"rng": rng_state()}
         with self.writing():
-            self.replace("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+            self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self) -> None:
         path = self.dir / "checkpoint.pt"
@@ -873,8 +883,7 @@ class Run:
             vars(self).update({name: checkpoint[name] for name in self.SAVED})
             set_rng_state(checkpoint["rng"])
         except Exception as error:  # a file can be wrong in any way
-            reason = str(error).strip().split("\n")[0]
-            stop(f"error: {path} is no checkpoint of this run: {type(error).__name__}: {reason}")
+            stop(f"error: {path} is no checkpoint of this run: {error!r:.200}")
 
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
         """Do what is due at this step: metrics, evaluation, checkpoint, and what a signal asked."""
@@ -889,29 +898,27 @@ class Run:
             metrics["charts/episodic_return"], metrics["charts/episodic_length"] = means
             metrics["charts/episodes"], self.episodes = len(self.episodes), []
             self.recent = f"return {means[0]:.1f}"
-        start_time, start_step, earlier = self.started
-        elapsed = time.time() - start_time
-        self.wall_time = earlier + elapsed
-        metrics["charts/SPS"] = (global_step - start_step) / elapsed
-        if self.finished or due(self.args.eval_frequency):
-            self.result = self.evaluate()
-            metrics |= self.result
+        self.wall_time = time.time() - self.start_time
+        metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
-        if self.finished or self.signal or due(self.args.checkpoint_frequency):
+        self.result = {}
+        if due(self.args.eval_frequency) and not self.finished:
+            self.evaluate()
+        signalled = self.signal
+        if self.finished or signalled or due(self.args.checkpoint_frequency):
             self.save_checkpoint()
         self.show_progress(metrics["charts/SPS"])
-        if self.signal and not self.finished:
+        if signalled and not self.finished:
             self.bar.close()
-            go_on = f"python {SCRIPT.name} --resume {self.dir}"
-            stop(f"stopped at step {global_step}; go on with: {go_on}", 128 + self.signal)
+            stop(f"stopped; go on: python {SCRIPT.name} --resume {self.dir}", 128 + signalled)
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN ends the run while its last checkpoint is still good."""
-        values = {name: torch.tensor(x) for name, x in metrics.items() if name.endswith("_loss")}
+        bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
-            if isinstance(part, nn.Module):
-                values |= {f"{name}.{key}": x for key, x in part.state_dict().items()}
-        if bad := [name for name, value in values.items() if not value.isfinite().all()]:
+            tensors = part.state_dict().values() if isinstance(part, nn.Module) else []
+            bad += [name for tensor in tensors if not tensor.isfinite().all()]
+        if bad:
             kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
             stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)
 
@@ -931,8 +938,8 @@ class Run:
             self.last_line, left = time.time(), f"{(total - step) / speed:.0f} s left"
             print(f"{step}/{total} steps, {speed:.0f}/s, {left}, {self.recent}", file=sys.stderr)
 
-    def evaluate(self) -> dict[str, float]:
-        """Play whole episodes, the same every time; the training stream does not notice."""
+    def evaluate(self) -> None:
+        """Play whole episodes, the same every time, and log them; training does not notice."""
         before, video = rng_state(), self.args.capture_video
         env = self.make_env(self.args, "rgb_array" if video else None)
         if video:
@@ -957,15 +964,17 @@ class Run:
             clip = Video(f"{folder}/{name}-episode-0.mp4", format="mp4")
             self.wandb.log({"global_step": self.global_step, "eval/video": clip})
         set_rng_state(before)
-        names = ("eval/episodic_return", "eval/episodic_return_std", "eval/episodes")
-        return dict(zip(names, (np.mean(returns), np.std(returns), len(returns)), strict=True))
+        self.result = {"eval/episodic_return": np.mean(returns)}
+        self.result |= {"eval/episodic_return_std": np.std(returns), "eval/episodes": len(returns)}
+        if not self.args.evaluate:
+            self.write_metrics(self.result)
 
     def finish(self) -> None:
-        """Print the final evaluation as the last line of standard output."""
-        mean, std, episodes = (self.result or self.evaluate()).values()
+        """Print the final evaluation as the last line of stdout; the checkpoint is safe by now."""
+        if not self.result:
+            self.evaluate()
+        mean, std, episodes = self.result.values()
         self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
         result = f"eval mean_return={mean:.4f} std={std:.4f} episodes={episodes}"
         print(f"{result} global_step={self.global_step} run_dir={self.dir}")
 

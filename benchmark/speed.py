@@ -43,7 +43,7 @@ def our_speed(script: str, arguments: str) -> float:
         text = Path(folder, "run", "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     first = next(line for line in lines if line["global_step"] >= WARM_UP)
-    last = lines[-2]  # the last line's wall time may be followed by the evaluation, so stop before
+    last = lines[-1]  # its time is the last iteration's, before the evaluation
     seconds = last["wall_time"] - first["wall_time"]
     return (last["global_step"] - first["global_step"]) / seconds
 

@@ -62,6 +62,11 @@ def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def training(folder):
+    """The lines of iterations, without those of evaluations."""
+    return [line for line in metrics(folder) if "charts/SPS" in line]
+
+
 def without_times(lines):
     return [{k: v for k, v in x.items() if k not in ("wall_time", "charts/SPS")} for x in lines]
 

@@ -70,6 +70,26 @@ class Ending(Forever):
     truncates = False
 
 
+class Swap(Probe):
+    """One step from s to 1 - s with reward s, then a time limit: V(s) = s + gamma V(1 - s).
+
+    A new episode starts anywhere, so that a bootstrap from its first observation shows.
+    """
+
+    truncates = True
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        self.start = int(self.np_random.integers(2))
+        return super().reset(options=options)
+
+    def observe(self):
+        return np.full(1, self.start if self.steps == 0 else 1 - self.start, np.float32)
+
+    def reward(self, action):
+        return float(self.start)
+
+
 class Target(Probe):
     """The best action is 4 in a lopsided box [3, 5] x [-8, 0]; second dimension: -7."""
 

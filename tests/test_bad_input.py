@@ -76,6 +76,7 @@ def test_bad_arguments(script, arguments, says, tmp_path):
         ("--num-steps 0", ["--num-steps"]),
         ("--policy-objective kl-penalty", ["--target-kl"]),
         ("--target-kl -1", ["--target-kl"]),
+        ("--kl-coef 0", ["--kl-coef", "above 0"]),
         ("--policy-objective nonsense", ["clip"]),
     ],
 )
@@ -114,6 +115,12 @@ def test_resuming_with_other_arguments(script, finished):
     # the default value, given, is refused too where the run has another
     refuse(script, "--resume", folder, "--env-id", "HalfCheetah-v5", quick=False, says=["--env-id"])
     refuse(script, "--evaluate", folder, "--gamma", 0.5, quick=False, says=["--gamma"])
+
+
+def test_resume_and_evaluate_exclude_each_other(script, finished):
+    folder = finished(script)
+    refuse(script, "--resume", folder, "--evaluate", folder, quick=False, says=["--evaluate"])
+    refuse(script, "--resume", "", quick=False, says=["--resume", "run folder"])
 
 
 def test_no_such_run(script, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import checkpoint, load, metrics, run
+from conftest import checkpoint, load, metrics, run, training
 
 PROBE = """--num-envs 4 --num-steps 64 --num-minibatches 4 --learning-rate 0.003 --no-anneal-lr
 --gamma 0.9 --total-timesteps 12800 --eval-episodes 1 --no-norm-obs --no-norm-reward""".split()
@@ -10,7 +10,7 @@ PROBE = """--num-envs 4 --num-steps 64 --num-minibatches 4 --learning-rate 0.003
 
 def learn(folder, probe, *extra):
     run("ppo_continuous", "--env-id", f"probes:{probe}-v0", "--run-dir", folder, *PROBE, *extra)
-    return metrics(folder)[-1]["losses/values"]
+    return training(folder)[-1]["losses/values"]
 
 
 def networks(folder):
@@ -53,6 +53,14 @@ def test_a_time_limit_bootstraps_under_normalisation(tmp_path):
     assert learn(tmp_path, "Forever", *normalised) == pytest.approx(10, abs=1)
 
 
+def test_the_bootstrap_is_the_final_observation_and_not_the_next_episodes_first(tmp_path):
+    """V(s) = s + 0.9 V(1 - s): 4.74 and 5.26. From the wrong observation they differ by 1."""
+    learn(tmp_path, "Swap")
+    low, high = values(tmp_path, 0.0, 1.0)
+    assert (low + high) / 2 == pytest.approx(5, abs=0.4)
+    assert high - low == pytest.approx(0.526, abs=0.2)
+
+
 def test_its_terminating_twin_does_not(tmp_path):
     """The same, but ending after 5 steps: V of the first step is 4.1, and a mean near 2.7."""
     assert 2 < learn(tmp_path, "Ending") < 4.1
@@ -79,16 +87,42 @@ def test_best_action_depends_on_the_observation(tmp_path):
 @pytest.mark.parametrize("objective", ["kl-penalty", "clip+kl-penalty"])
 def test_every_objective_learns_and_adapts(tmp_path, objective):
     learn(tmp_path, "Target", "--policy-objective", objective, "--target-kl", "0.01")
-    lines = metrics(tmp_path)
-    assert lines[-1]["eval/episodic_return"] > -0.1
+    lines = training(tmp_path)
+    assert metrics(tmp_path)[-1]["eval/episodic_return"] > -0.1
     assert len({line["charts/kl_coef"] for line in lines}) > 1
     assert checkpoint(tmp_path)["loop"]["kl_coef"] == lines[-1]["charts/kl_coef"]
+
+
+def test_the_first_gradient_is_on_policy(tmp_path):
+    """One epoch of one minibatch: the ratio is 1, so training sees what the policy saw."""
+    once = ["--update-epochs", "1", "--num-minibatches", "1", "--total-timesteps", "2048"]
+    learn(tmp_path, "ObservedTarget", *once, "--norm-obs")
+    for line in training(tmp_path):
+        assert line["losses/approx_kl"] == pytest.approx(0, abs=1e-6)
+        assert line["losses/clipfrac"] == 0
+        assert line["losses/effective_sample_size"] == pytest.approx(1)
+
+
+def test_evaluation_is_deterministic_without_exploration(tmp_path):
+    """The mean action of a policy that otherwise jumps all over the box: every episode the same."""
+    wild = ["--log-std-init", "1.5", "--total-timesteps", "256", "--eval-episodes", "5"]
+    learn(tmp_path, "Target", *wild)
+    assert metrics(tmp_path)[-1]["eval/episodic_return_std"] == 0
+
+
+def test_the_learning_rate_falls_on_a_line(tmp_path):
+    short = ["--anneal-lr", "--total-timesteps", "1024"]
+    learn(tmp_path / "a", "Target", *short, "--anneal-steps", "2048")
+    learn(tmp_path / "b", "Target", *short, "--anneal-steps", "1")
+    rates = [[x["charts/learning_rate"] for x in training(tmp_path / n)] for n in "ab"]
+    assert rates[0] == pytest.approx([0.003 * x for x in (1, 0.875, 0.75, 0.625)])
+    assert rates[1] == pytest.approx([0.003 * x for x in (1, 0.75, 0.5, 0.25)])
 
 
 def test_target_kl_ends_the_epochs_early(tmp_path):
     learn(tmp_path / "free", "Target", "--total-timesteps", "1024")
     learn(tmp_path / "held", "Target", "--total-timesteps", "1024", "--target-kl", "1e-4")
-    free, held = ([x["losses/approx_kl"] for x in metrics(tmp_path / n)] for n in ("free", "held"))
+    free, held = ([x["losses/approx_kl"] for x in training(tmp_path / n)] for n in ("free", "held"))
     assert max(held) < max(free) / 2
 
 
@@ -101,4 +135,4 @@ def test_minibatches_of_one_sample(tmp_path):
 def test_odd_spaces_run(tmp_path):
     """Dict observations, a matrix of actions, float64 and 2-d parts, values in a nested Dict."""
     learn(tmp_path, "Nested", "--total-timesteps", "512")
-    assert metrics(tmp_path)[-1]["charts/episodic_length"] == 7
+    assert training(tmp_path)[-1]["charts/episodic_length"] == 7

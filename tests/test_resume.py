@@ -127,3 +127,20 @@ def test_torn_and_extra_lines_are_cut(script, undisturbed, tmp_path):
         file.write('{"global_step": 99999, "wall_time": 1.0}\n{"global_st')
     run(script, "--resume", folder, quick=False)
     assert_same_end(folder, undisturbed(script))
+
+
+def test_killed_in_the_final_evaluation(script, undisturbed, tmp_path):
+    """The last checkpoint is written before it, so that only the evaluation is done again."""
+    folder = tmp_path / "late"
+    process = start(script, "--run-dir", folder, *LONG, "--eval-episodes", 1000)
+    wait_for_step(process, folder, 3072)
+    time.sleep(1)
+    process.kill()
+    process.communicate()
+    assert checkpoint(folder)["global_step"] == 3072
+    assert not any("eval/episodes" in line for line in metrics(folder))
+    done = run(script, "--resume", folder, "--eval-episodes", 2, quick=False)
+    assert_same_end(folder, undisturbed(script))
+    again = run(script, "--resume", folder, quick=False)
+    assert again.stdout == done.stdout
+    assert_same_end(folder, undisturbed(script))
