@@ -124,11 +124,11 @@ class Args:
     """Divide rewards by the running std of the discounted return (arXiv:2005.12729)."""
 
     # Algorithm
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     """Adam's step size at the start."""
     anneal_lr: bool = True
     """Lower the learning rate linearly towards 0 (arXiv:2006.05990, section 3.7)."""
-    anneal_steps: Count = 3_000_000
+    anneal_steps: Count = 2_000_000
     """Environment steps over which it would reach 0; --total-timesteps, if that is more."""
     gamma: float = 0.99
     """Discount factor per environment step."""
@@ -382,7 +382,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
     Shapes: values, returns (...) -> ().
     """
-    return 1 - (returns - values).var() / returns.var()
+    return 1 - (returns - values).var(correction=0) / returns.var(correction=0)
 
 
 def to_box(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -423,7 +423,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         __import__("mujoco").set_mju_user_warning(lambda message: None)
     try:
         env = gym.make(args.env_id, **({"render_mode": render_mode} if render_mode else {}))
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         stop(f"error: --env-id {args.env_id}: {error}")
     obs_space, action_space = env.observation_space, env.action_space
     if not isinstance(action_space, gym.spaces.Box):
@@ -462,6 +462,13 @@ class RolloutBuffer:
 
         self.obs, self.next_obs, self.actions = zeros(obs_dim), zeros(obs_dim), zeros(action_dim)
         self.log_probs, self.rewards, self.terminations, self.dones = (zeros() for _ in range(4))
+
+
+class LoopState(dict):
+    """Plain numbers of the training loop that must survive a kill."""
+
+    state_dict = dict.copy
+    load_state_dict = dict.update
 
 
 def train(args: Args) -> None:
@@ -692,13 +699,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
-class LoopState(dict):
-    """Plain numbers of the training loop that must survive a kill."""
-
-    state_dict = dict.copy
-    load_state_dict = dict.update
-
-
 class ReplayableEnv(gym.Wrapper):
     """An environment whose whole state is small: its episode's own seed, and the actions since.
 
@@ -766,7 +766,8 @@ class Run:
             self.open_folder()
         if args.track:
             self.start_wandb()
-        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, disable=None)
+        total, begun = args.total_timesteps, self.global_step
+        self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -944,6 +945,7 @@ class Run:
         env = self.make_env(self.args, "rgb_array" if video else None)
         if video:
             folder, name = str(self.dir / "videos"), f"step-{self.global_step}"
+            gym.logger.min_level = gym.logger.ERROR  # RecordVideo warns of videos already there
             env = gym.wrappers.RecordVideo(
                 env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True
             )

@@ -113,11 +113,13 @@ class Counting(Probe):
 
     observation_space = Box(0, np.inf, (2,), np.float64)
 
+    def __init__(self):
+        self.buffer = np.zeros(2)  # written into again and again, as some environments do
+
     def reset(self, *, seed=None, options=None):
         gym.Env.reset(self, seed=seed)
         self.length = int(self.np_random.integers(1, 9))
         self.truncates = bool(self.np_random.integers(2))
-        self.buffer = np.zeros(2)  # written into again and again, as some environments do
         return super().reset(options=options)
 
     def observe(self):

@@ -3,6 +3,7 @@
 import sys
 import time
 
+import mujoco
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -25,6 +26,7 @@ class Clock(BaseCallback):
 
 def main(env_id: str, total_timesteps: int, warm_up: int) -> None:
     torch.set_num_threads(1)
+    mujoco.set_mju_user_warning(lambda message: None)  # it would write MUJOCO_LOG.TXT
     envs = VecNormalize(make_vec_env(env_id, n_envs=8, seed=1))
     network = {"net_arch": [64, 64], "activation_fn": torch.nn.Tanh}
     model = PPO(
