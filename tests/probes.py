@@ -138,6 +138,25 @@ class Nested(Probe):
         return {"position": np.ones((2, 2), np.float32), "speed": np.zeros(3)}
 
 
+class Whole(Probe):
+    """A box of whole numbers; the best action is 60 of [-100, 100]."""
+
+    action_space = Box(-100, 100, (1,), np.int8)
+
+    def reward(self, action):
+        return -(((float(action[0]) - 60) / 100) ** 2)
+
+
+class Meddling(Counting):
+    """Writes into the action that it is given; the reward depends on it."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        reward = float(action[0])
+        action *= 0.5
+        return obs, reward, *rest
+
+
 class Unseeded(Probe):
     """Draws from the operating system, so that no replay can bring it back."""
 
@@ -145,6 +164,18 @@ class Unseeded(Probe):
 
     def observe(self):
         return np.random.default_rng().uniform(-1, 1, 1).astype(np.float32)
+
+
+class Breaking(Unseeded):
+    """Ends at random, and cannot bear to be stepped after its end."""
+
+    def reset(self, *, seed=None, options=None):
+        self.length = np.random.default_rng().integers(1, 30)
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        assert self.steps < self.length, "stepped after its end"
+        return super().step(action)
 
 
 class BadReward(Probe):
@@ -189,5 +220,5 @@ class Drawn(Probe):
         return np.full((64, 64, 3), self.steps, np.uint8)
 
 
-for probe in [Probe, *Probe.__subclasses__(), Ending, ObservedTarget]:
+for probe in [Probe, *Probe.__subclasses__(), Ending, ObservedTarget, Meddling, Breaking]:
     gym.register(f"{probe.__name__}-v0", probe, disable_env_checker=True)

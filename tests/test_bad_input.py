@@ -55,6 +55,7 @@ def refuse(script, *arguments, quick=True, says=(), **extra):
         ("--learning-rate nan", ["--learning-rate"]),
         ("--learning-rate 0", ["--learning-rate"]),
         ("--seed -1", ["--seed"]),
+        ("--seed 100000000000000000000", ["--seed"]),
         ("--eval-episodes 0", ["--eval-episodes"]),
         ("--checkpoint-frequency -1", ["--checkpoint-frequency"]),
         ("--totl-timesteps 5", ["--total-timesteps"]),

@@ -77,6 +77,11 @@ def test_best_action_in_a_lopsided_box(tmp_path):
     assert metrics(tmp_path)[-1]["eval/episodic_return"] > -0.05
 
 
+def test_best_action_in_a_box_of_whole_numbers(tmp_path):
+    learn(tmp_path, "Whole")
+    assert metrics(tmp_path)[-1]["eval/episodic_return"] > -0.01
+
+
 def test_best_action_depends_on_the_observation(tmp_path):
     learn(tmp_path, "ObservedTarget")
     actor, _ = networks(tmp_path)

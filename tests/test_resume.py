@@ -122,6 +122,27 @@ def test_a_second_signal_ends_at_once(script, tmp_path):
     assert process.returncode == -signal.SIGINT
 
 
+def test_a_signal_in_the_final_evaluation(script, undisturbed, tmp_path):
+    """The training is over and saved: the evaluation is given up, and a resume makes it."""
+    folder = tmp_path / "late"
+    process = start(script, "--run-dir", folder, *LONG, "--eval-episodes", 10_000)
+    while not (folder / "checkpoint.pt").exists() or checkpoint(folder)["global_step"] < 3072:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and f"--resume {folder}" in err and not out
+    run(script, "--resume", folder, "--eval-episodes", 2, quick=False)
+    assert_same_end(folder, undisturbed(script))
+
+
+def test_other_evaluation_episodes_after_the_end(script, tmp_path):
+    """A finished run, resumed with other --eval-episodes, evaluates again and logs it."""
+    run(script, "--run-dir", tmp_path / "r")
+    done = run(script, "--resume", tmp_path / "r", "--eval-episodes", 3, quick=False)
+    assert "episodes=3" in done.stdout and metrics(tmp_path / "r")[-1]["eval/episodes"] == 3
+
+
 def test_training_can_be_prolonged(script, undisturbed, tmp_path):
     """The prolonged run goes on from the old end and keeps its lines; wall time adds up."""
     folder = tmp_path / "longer"
