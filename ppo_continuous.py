@@ -338,18 +338,18 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
 
 
 def ppo_policy_loss(
-    log_ratio: Tensor, advantages: Tensor, clip_coef: float, kl_coef: Tensor | float
+    log_ratio: Tensor, advantages: Tensor, clip_coef: float, kl_coef: Tensor | None
 ) -> Tensor:
     """Minus PPO's objective for the policy: clipped surrogate, less a penalty on the KL.
 
-    clip_coef = inf leaves the penalty alone, kl_coef = 0 the clipping.
+    clip_coef = inf leaves the penalty alone, kl_coef = None the clipping.
 
     Shapes: log_ratio, advantages (B,) -> (). Source: Schulman et al. 2017, eq. 7 and 8.
     """
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     surrogate = torch.min(ratio * advantages, clipped_ratio * advantages).mean()
-    return -surrogate + kl_coef * approximate_kl(log_ratio)
+    return -surrogate if kl_coef is None else -surrogate + kl_coef * approximate_kl(log_ratio)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
@@ -530,17 +530,13 @@ def train(args: Args) -> None:
         gradients = torch.autograd.grad(loss, parameters)
         grad_norm = nn.utils.get_total_norm(gradients)
         shrink = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-        with torch.no_grad():
-            metrics = {
-                "losses/policy_loss": policy_loss.detach(),
-                "losses/value_loss": critic_loss.detach(),
-                "losses/entropy": entropy.detach(),
-                "losses/approx_kl": approximate_kl(log_ratio),
-                "losses/clipfrac": clip_fraction(log_ratio, args.clip_coef),
-                "losses/effective_sample_size": effective_sample_size(log_ratio),
-                "losses/grad_norm": grad_norm,
-            }
-        return [gradient * shrink for gradient in gradients], metrics
+        metrics = {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": critic_loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/grad_norm": grad_norm,
+        }
+        return [gradient * shrink for gradient in gradients], metrics, log_ratio.detach()
 
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad in the same graph
@@ -603,15 +599,21 @@ def train(args: Args) -> None:
             batch = (norm_obs, buffer.actions, buffer.log_probs, advantages, returns, old_values)
             order = torch.randperm(args.batch_size, device=device)
             shuffled = [x.flatten(0, 1)[order].chunk(args.num_minibatches) for x in batch]
-            kl_coef, steps = torch.tensor(loop["kl_coef"], device=device), []
+            kl_coef = torch.tensor(loop["kl_coef"], device=device) if penalised else None
+            steps, log_ratios = [], []
             for minibatch in zip(*shuffled, strict=True):
-                gradients, step_metrics = gradient_step(*minibatch, kl_coef)
+                gradients, step_metrics, log_ratio = gradient_step(*minibatch, kl_coef)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
                 optimizer.step()
                 steps.append(step_metrics)
-            for name in steps[0]:  # means over the last epoch
+                log_ratios.append(log_ratio)
+            for name in steps[0]:  # means over the epoch; the last epoch's are logged
                 metrics[name] = torch.stack([step[name] for step in steps]).mean().item()
+            log_ratio = torch.cat(log_ratios)
+            metrics["losses/approx_kl"] = approximate_kl(log_ratio).item()
+            metrics["losses/clipfrac"] = clip_fraction(log_ratio, args.clip_coef).item()
+            metrics["losses/effective_sample_size"] = effective_sample_size(log_ratio).item()
             too_far = args.target_kl and metrics["losses/approx_kl"] > 1.5 * args.target_kl
             if too_far and not penalised:
                 break

@@ -54,13 +54,13 @@ def test_clipped_objective_by_hand(ppo):
     """Four corners of min(r A, clip(r) A), eps = 0.2: a gain is capped, a loss is not."""
     log_ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss = ppo.ppo_policy_loss(log_ratio, advantages, 0.2, 0.0)
+    loss = ppo.ppo_policy_loss(log_ratio, advantages, 0.2, None)
     assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8) / 4)
 
 
 def test_clipping_removes_the_gradient_only_where_it_should(ppo):
     log_ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log().requires_grad_()
-    ppo.ppo_policy_loss(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2, 0.0).backward()
+    ppo.ppo_policy_loss(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2, None).backward()
     # d(-r A / 4) / d log r = -r A / 4 where the minimum takes the unclipped branch
     expected = torch.tensor([0.0, 1.5 / 4, -0.5 / 4, 0.0])
     torch.testing.assert_close(log_ratio.grad, expected)
@@ -73,7 +73,7 @@ def test_penalised_objective(ppo):
     kl = (ratio - 1 - log_ratio).mean()
     unclipped = ppo.ppo_policy_loss(log_ratio, advantages, math.inf, 0.7)
     torch.testing.assert_close(unclipped, -(ratio * advantages).mean() + 0.7 * kl)
-    clipped = ppo.ppo_policy_loss(log_ratio, advantages, 0.2, 0.0)
+    clipped = ppo.ppo_policy_loss(log_ratio, advantages, 0.2, None)
     both = ppo.ppo_policy_loss(log_ratio, advantages, 0.2, 0.7)
     torch.testing.assert_close(both, clipped + 0.7 * kl)
 
