@@ -832,7 +832,7 @@ class Run:
                 for text in (self.dir / "metrics.jsonl").read_text().splitlines():
                     lines.append(json.loads(text))
         lines = [line for line in lines if line["global_step"] <= self.global_step]
-        if self.finished and lines[-1].get("eval/episodes") == self.args.eval_episodes:
+        if self.finished and (lines or [{}])[-1].get("eval/episodes") == self.args.eval_episodes:
             self.result = {key: x for key, x in lines[-1].items() if key.startswith("eval/")}
         about["args"] = asdict(self.args) | {"resume": None, "evaluate": None}
         metrics = "".join(json.dumps(line) + "\n" for line in lines)

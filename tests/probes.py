@@ -1,5 +1,8 @@
 """Tiny environments whose optimal values are known, and some that misbehave; "probes:Name-v0"."""
 
+import os
+import pathlib
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict
@@ -200,6 +203,18 @@ class Crashing(Probe):
         return 1.0
 
 
+class CrashingOnce(Crashing):
+    """The same, but only while the file named by CRASH_MARKER is not there; it makes it."""
+
+    def reward(self, action):
+        marker = pathlib.Path(os.environ["CRASH_MARKER"])
+        if self.total >= 100 and not marker.exists():
+            marker.touch()
+            raise OSError("the simulator fell over once")
+        self.total += 1
+        return 1.0
+
+
 class Picture(Probe):
     observation_space = Box(0, 255, (64, 64, 3), np.uint8)
 
@@ -220,5 +235,13 @@ class Drawn(Probe):
         return np.full((64, 64, 3), self.steps, np.uint8)
 
 
-for probe in [Probe, *Probe.__subclasses__(), Ending, ObservedTarget, Meddling, Breaking]:
+for probe in [
+    Probe,
+    *Probe.__subclasses__(),
+    Ending,
+    ObservedTarget,
+    Meddling,
+    Breaking,
+    CrashingOnce,
+]:
     gym.register(f"{probe.__name__}-v0", probe, disable_env_checker=True)

@@ -1,0 +1,209 @@
+"""A job of a sweep: one script, one environment, one seed, in one folder. Its state is on disk.
+
+What is complete, what can be resumed and what is running is read from the run folder and from a
+lock on the job's log, never from memory, so that a sweep may die at any instant, and two sweeps
+over the same folders do not disturb each other.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from benchmark.results import ROOT
+
+USERS_MISTAKE, NOT_FINITE = 2, 3  # exit codes of the scripts that a second try would repeat
+NEUTRAL = "run_dir resume evaluate track wandb_project_name wandb_entity capture_video"
+NEUTRAL = {*NEUTRAL.split(), "checkpoint_frequency"}  # arguments that leave the numbers alone
+
+
+@dataclass(frozen=True)
+class Job:
+    script: str
+    env_id: str
+    seed: int
+    arguments: tuple[str, ...]  # what the command line has besides environment, seed and folder
+    resolved: str  # every argument as the script understands it, as JSON
+    sha256: str  # of the script
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / "logs" / f"{self.folder.name}.log"
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def about(job: Job) -> dict | None:
+    """What args.json says, or None where no run has begun. Raises: ValueError if it is torn."""
+    try:
+        return json.loads((job.folder / "args.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def tail(path: Path, size: int = 65536) -> list[str]:
+    """The last lines of a file, the first of them perhaps cut; none where there is no file."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - size))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def last_metrics(folder: Path) -> dict:
+    """The last line of metrics.jsonl; {} where there is none or it is torn."""
+    try:
+        return json.loads(tail(folder / "metrics.jsonl")[-1])
+    except (IndexError, ValueError):
+        return {}
+
+
+def relevant(arguments: dict) -> dict:
+    return {key: value for key, value in arguments.items() if key not in NEUTRAL}
+
+
+def status(job: Job) -> str:
+    """What the folder holds: "new", "begun", "complete", or a run that is "other" than the job's.
+
+    Complete needs the same arguments, the same bytes of the script, and the final evaluation.
+    """
+    try:
+        run = about(job)
+        if run is None:
+            return "new"
+        same = run["script"] == f"{job.script}.py" and run["sha256"] == job.sha256
+        if not same or relevant(run["args"]) != relevant(json.loads(job.resolved)):
+            return "other"
+        last = last_metrics(job.folder)
+        done = last.get("global_step", 0) >= run["args"]["total_timesteps"]
+        return "complete" if done and last.get("eval/episodes") else "begun"
+    except (ValueError, KeyError, TypeError):
+        return "other"
+
+
+def set_aside(job: Job) -> Path:
+    """Rename a folder whose run is not the job's; nothing is deleted. Returns the new name."""
+    number = 1
+    while (aside := job.folder.with_name(f"{job.name}.old-{number}")).exists():
+        number += 1
+    return job.folder.rename(aside)
+
+
+def command(job: Job, python: str = sys.executable, relative: bool = False) -> list[str]:
+    """The command that starts the job, or goes on with it."""
+    script, folder = ROOT / f"{job.script}.py", job.folder
+    if relative:
+        script, folder = Path(os.path.relpath(script)), Path(os.path.relpath(folder))
+    if status(job) == "begun":
+        track = [word for word in job.arguments if word == "--track"]
+        return [python, str(script), "--resume", str(folder), *track]
+    start = [python, str(script), "--env-id", job.env_id, "--seed", str(job.seed)]
+    return [*start, "--run-dir", str(folder), *job.arguments]
+
+
+def locked(job: Job) -> bool:
+    """Whether a process runs this job now, started by whichever sweep."""
+    try:
+        with open(job.log) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def lock(job: Job) -> IO | None:
+    """The job's log, open and locked; None where another process has it."""
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    file = open(job.log, "a")  # noqa: SIM115  stays open: the lock lives with it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except OSError:
+        file.close()
+        return None
+
+
+def die_with_parent() -> None:
+    """Linux: a job whose sweep is killed gets SIGTERM, checkpoints and ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def start(job: Job) -> subprocess.Popen | None:
+    """Start the job's process, output into its log; None where another process runs the job.
+
+    The lock belongs to the open log file, which the process inherits: it ends with the process,
+    even if this one is killed first.
+    """
+    log = lock(job)
+    if log is None:
+        return None
+    with log:
+        if status(job) == "other":
+            log.write(f"an older run stood here: now {set_aside(job)}\n")
+        words = command(job)
+        log.write(f"$ {shlex.join(words)}\n")
+        log.flush()
+        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | one_thread | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C reaches the sweep alone, which asks each job once
+            preexec_fn=die_with_parent,
+        )
+
+
+def failure(job: Job, code: int) -> str:
+    """Why it failed, in a line: the exit code and the last thing that the job said."""
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    said = [line for line in tail(job.log) if line.strip() and not line.startswith("$ ")]
+    return f"{how}: {said[-1].strip()[:160]}" if said else how
+
+
+def worth_a_retry(code: int) -> bool:
+    """Mistakes and NaNs come back the same; crashes, kills and full memories may not."""
+    return code not in (USERS_MISTAKE, NOT_FINITE)
+
+
+def run(job: Job, retries: int) -> str:
+    """Run a job to its end, in this thread: what a Ray task does. Returns "" or why it failed.
+
+    Stopped by KeyboardInterrupt, it lets the job checkpoint before it passes that on.
+    """
+    for _ in range(retries + 1):
+        process = None
+        while process is None:
+            if status(job) == "complete":
+                return ""
+            if (process := start(job)) is None:
+                time.sleep(0.5)  # another process has it: a sweep before us, a node thought dead
+        try:
+            while (code := process.poll()) is None:
+                time.sleep(0.2)  # short, so that Ray can interrupt it
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        if status(job) == "complete":
+            return ""
+        reason = failure(job, code)
+        if not worth_a_retry(code):
+            break
+    return reason

@@ -1,0 +1,408 @@
+"""Run a suite: scripts x environments x seeds, each a process of its own; safe to kill and repeat.
+
+    python -m benchmark.sweep mujoco
+    python -m benchmark.sweep mujoco --scripts ppo_continuous --env-ids Hopper-v5 --seeds 3
+    python -m benchmark.sweep mujoco --dry-run
+
+Started again it skips what is complete, resumes what has a checkpoint and tries failures again.
+Ctrl-C lets every job checkpoint first. Exit code 0: all complete; 1: something is missing; 2: the
+command line was wrong and nothing was started; 130 or 143: interrupted.
+"""
+
+import collections
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import tyro
+
+from benchmark import jobs
+from benchmark.jobs import Job
+from benchmark.results import ROOT
+
+SUITES = Path(__file__).resolve().parent / "suites"
+
+
+@dataclass(frozen=True)
+class Options:
+    suite: Annotated[str, tyro.conf.Positional]
+    """Name of a file in benchmark/suites, or the path of a .toml file of your own."""
+    scripts: tuple[str, ...] = ()
+    """Only these scripts of the suite."""
+    env_ids: tuple[str, ...] = ()
+    """These environments instead of the suite's."""
+    seeds: str = ""
+    """How many seeds (5), or which (11-15 or 3,7,9); by default the suite's."""
+    args: str = ""
+    """More arguments for every job, as one word: --args="--compile --total-timesteps 2e6"."""
+    run_root: Path | None = None
+    """Where the run folders go; by default runs/{suite}. On a cluster a folder all nodes share."""
+    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    """Jobs at once on this machine; by default one for each core."""
+    retries: int = 2
+    """How often a crashed or killed job is tried again, from its checkpoint."""
+    track: bool = False
+    """Log every job to Weights & Biases, grouped by script and environment."""
+    dry_run: bool = False
+    """Print the commands and start nothing."""
+    engine: Literal["local", "ray"] = "local"
+    """local: processes here. ray: tasks of a Ray cluster (benchmark/requirements-cluster.txt)."""
+    ray_address: str | None = None
+    """Address of the cluster, host:port or auto; by default a new one on this machine alone."""
+    cpus_per_job: float = 1
+    """Cores that Ray keeps for a job."""
+    gpus_per_job: float = 0
+    """GPUs that Ray keeps for a job; 0.25 lets four jobs share one."""
+
+
+def wrong(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---- From the command line to jobs ---------------------------------------------------------------
+
+
+def read_suite(name: str) -> dict:
+    """The suite's seeds and groups of runs."""
+    path = Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
+    known = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
+    try:
+        suite = tomllib.loads(path.read_text())
+        for group in suite["runs"]:
+            for words in (group["scripts"], group["env_ids"], group.setdefault("args", [])):
+                if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                    wrong(f"suite {path}: scripts, env_ids and args are lists of strings")
+        if not all(type(seed) is int for seed in suite["seeds"]):
+            wrong(f"suite {path}: seeds is a list of whole numbers")
+        return suite
+    except FileNotFoundError:
+        wrong(f"no suite {name}: there are {known}, or give the path of a .toml file")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        wrong(f"suite {path}: {error!r}")
+
+
+def parse_seeds(text: str, default: list[int]) -> list[int]:
+    """ "5": the first five of the suite, counting on after its last; "11-15" and "3,7": those."""
+    try:
+        if not text:
+            return default
+        if text.isdecimal():
+            more = range(max(default, default=0) + 1, max(default, default=0) + 1 + int(text))
+            seeds = [*default, *more][: int(text)]
+        else:
+            seeds = []
+            for part in filter(None, text.split(",")):
+                first, _, last = part.partition("-")
+                seeds += range(int(first), int(last or first) + 1)
+        if seeds:
+            return list(dict.fromkeys(seeds))
+    except ValueError:
+        pass
+    wrong(f"--seeds {text}: how many (5), a range (11-15) or a list (3,7,9)")
+
+
+def load_script(name: str):
+    """The script as a module; importing one has no side effect."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def resolve(script: str, arguments: list[str]) -> dict:
+    """Every argument as the script itself understands the command line."""
+    module, argv = sys.modules.get(script) or load_script(script), sys.argv
+    sys.argv = [f"{script}.py", *arguments]
+    try:
+        return asdict(module.parse_args(module.Args)) | {"resume": None, "evaluate": None}
+    except SystemExit:
+        wrong(f"{script}.py refuses {shlex.join(arguments)}")
+    finally:
+        sys.argv = argv
+
+
+def check_environment(env_id: str) -> None:
+    """Refuse what Gymnasium does not know, before anything starts."""
+    import gymnasium
+
+    with contextlib.suppress(ImportError):
+        import ale_py
+
+        gymnasium.register_envs(ale_py)
+    try:
+        module, _, name = env_id.rpartition(":")
+        if module:
+            importlib.import_module(module)
+        gymnasium.spec(name)
+    except (gymnasium.error.Error, ImportError) as error:
+        wrong(f"--env-ids {env_id}: {error}")
+
+
+def plan(options: Options) -> list[Job]:
+    """The jobs in order: seeds innermost, so that a table fills row by row."""
+    suite = read_suite(options.suite)
+    groups, here = suite["runs"], {path.stem for path in ROOT.glob("*.py")}
+    names = list(dict.fromkeys(name for group in groups for name in group["scripts"]))
+    for name in options.scripts:
+        if name.removesuffix(".py") not in names:
+            wrong(f"--scripts {name}: the suite has {', '.join(names)}")
+        if name.removesuffix(".py") not in here:
+            wrong(f"--scripts {name}: there is no {ROOT / name}.py")
+    chosen = [name.removesuffix(".py") for name in options.scripts] or names
+    if missing := [name for name in chosen if name not in here]:
+        print(f"left out, not written yet: {', '.join(missing)}", file=sys.stderr)
+    known = {env_id for group in groups for env_id in group["env_ids"]}
+    extra = [*shlex.split(options.args), *(["--track"] if options.track else [])]
+    root = (options.run_root or Path("runs") / Path(options.suite).stem).absolute()
+    planned = {}
+    for group in groups:
+        for script in (name for name in group["scripts"] if name in chosen and name in here):
+            wanted = [env for env in options.env_ids if env in group["env_ids"] or env not in known]
+            for env_id in wanted if options.env_ids else group["env_ids"]:
+                check_environment(env_id)
+                arguments = [*group["args"], *extra]
+                resolved = resolve(script, ["--env-id", env_id, *arguments])
+                sha256 = sys.modules[script].SHA256
+                for seed in parse_seeds(options.seeds, suite["seeds"]):
+                    folder = root / f"{env_id.replace('/', '-')}__{script}__{seed}"
+                    text = json.dumps(resolved | {"seed": seed})
+                    job = Job(script, env_id, seed, tuple(arguments), text, sha256, folder)
+                    planned.setdefault(folder, job)
+    if not planned:
+        wrong("nothing to run: none of these scripts and environments go together in this suite")
+    return list(planned.values())
+
+
+# ---- Engines: how jobs run; each yields now and then, so that the board can be drawn -------------
+
+
+class Stop:
+    """Set by a signal; engines then let their jobs checkpoint. A second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.set)
+
+    def set(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def run_local(todo: list[Job], options: Options, stop: Stop, failed: dict[Job, str]) -> Iterator:
+    """At most `workers` processes at once; fills `failed` with reasons."""
+    queue, running, attempts = collections.deque(todo), {}, collections.Counter()
+    while (queue and not stop.signal) or running:
+        for _ in range(len(queue)):
+            if len(running) >= options.workers or stop.signal:
+                break
+            job = queue.popleft()
+            if jobs.status(job) == "complete":  # another sweep did it
+                continue
+            if process := jobs.start(job):
+                running[job] = process
+                attempts[job] += 1
+            else:
+                queue.append(job)  # another process has it; look again later
+        if stop.signal and running:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+            return
+        for job, process in list(running.items()):
+            if (code := process.poll()) is None:
+                continue
+            del running[job]
+            if jobs.status(job) == "complete":
+                continue
+            if jobs.worth_a_retry(code) and attempts[job] <= options.retries:
+                queue.appendleft(job)
+            else:
+                failed[job] = jobs.failure(job, code)
+        yield
+        time.sleep(0.2)
+
+
+def run_on_ray(todo: list[Job], options: Options, stop: Stop, failed: dict[Job, str]) -> Iterator:
+    """One Ray task a job; Ray finds the node, and another one when that node dies."""
+    try:
+        import ray
+    except ImportError:
+        wrong("--engine ray needs Ray: pip install -r benchmark/requirements-cluster.txt")
+    try:
+        ray.init(options.ray_address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        wrong(f"--ray-address {options.ray_address}: {error}")
+
+    def task(root: str, job: dict, retries: int) -> str:  # travels whole, needs nothing installed
+        sys.path.insert(0, root)
+        from benchmark import jobs
+
+        return jobs.run(jobs.Job(**job), retries)
+
+    needs = {"num_cpus": options.cpus_per_job, "num_gpus": options.gpus_per_job}
+    remote = ray.remote(**needs, max_retries=options.retries, scheduling_strategy="SPREAD")(task)
+    refs = {remote.remote(str(ROOT), vars(job), options.retries): job for job in todo}
+    while refs and not stop.signal:
+        done, _ = ray.wait(list(refs), timeout=1)
+        for ref in done:
+            job = refs.pop(ref)
+            try:
+                reason = ray.get(ref)
+            except Exception as error:  # a node that died too often, a lost worker
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
+            if reason:
+                failed[job] = reason
+        yield
+    for ref in refs:
+        ray.cancel(ref)
+    ray.wait(list(refs), num_returns=len(refs), timeout=60) if refs else None
+    ray.shutdown()
+
+
+# ---- The board: what one sees --------------------------------------------------------------------
+
+
+def describe(job: Job) -> tuple[str, str, str]:
+    """Progress, speed and the newest return as text, from the last lines of the metrics."""
+    newest: dict = {}
+    for text in jobs.tail(job.folder / "metrics.jsonl", 16384):
+        with contextlib.suppress(ValueError, TypeError):
+            newest |= json.loads(text)
+    share = newest.get("global_step", 0) / json.loads(job.resolved)["total_timesteps"]
+    speed, recent = newest.get("charts/SPS"), newest.get("charts/episodic_return")
+    final = newest.get("eval/episodic_return") if share >= 1 else None
+    return (
+        f"{min(1.0, share):.0%}",
+        "" if speed is None else f"{speed:,.0f}/s",
+        f"eval {final:.1f}" if final is not None else "" if recent is None else f"{recent:.1f}",
+    )
+
+
+class Board:
+    """States of all jobs, read from disk; a live table in a terminal, plain lines elsewhere."""
+
+    ORDER = ("running", "failed", "queued", "done")
+
+    def __init__(self, planned: list[Job], failed: dict[Job, str]) -> None:
+        self.planned, self.failed, self.live = planned, failed, None
+        self.done = {job for job in planned if jobs.status(job) == "complete"}
+        self.seen = dict.fromkeys(self.done, "done")
+        self.drawn, self.said = 0.0, time.time()
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self.live = Live(refresh_per_second=2, transient=True)
+            self.live.start()
+
+    def state(self, job: Job) -> str:
+        if job in self.failed:
+            return "failed"
+        if job in self.done or (not jobs.locked(job) and jobs.status(job) == "complete"):
+            self.done.add(job)
+            return "done"
+        return "running" if jobs.locked(job) else "queued"
+
+    def draw(self, last: bool = False) -> None:
+        if time.time() - self.drawn < 0.5 and not last:
+            return
+        self.drawn = time.time()
+        states = {job: self.state(job) for job in self.planned}
+        counts = collections.Counter(states.values())
+        head = ", ".join(
+            f"{counts[name]} {name}" for name in ("done", "running", "queued", "failed")
+        )
+        if self.live:
+            self.live.update(self.table(states, head))
+            return
+        for job, state in states.items():
+            if self.seen.get(job) != state and (state != "queued" or job in self.seen):
+                share, _, recent = describe(job)
+                more = self.failed.get(job) or f"{share}  {recent}"
+                print(f"{state:8}{job.name}  {more}", flush=True)
+            self.seen[job] = state
+        if time.time() - self.said > 60:
+            self.said = time.time()
+            print(head, flush=True)
+            for job in (job for job, state in states.items() if state == "running"):
+                print("        " + "  ".join([job.name, *describe(job)]), flush=True)
+
+    def table(self, states: dict[Job, str], head: str):
+        from rich.table import Table
+
+        table = Table(title=head, title_justify="left", box=None, pad_edge=False)
+        for name in ("job", "state", "progress", "steps/s", "return"):
+            table.add_column(name, justify="left" if name in ("job", "state") else "right")
+        rows = sorted(self.planned, key=lambda job: self.ORDER.index(states[job]))
+        room = max(5, self.live.console.height - 4)
+        for job in rows[:room]:
+            style = {"running": "bold", "failed": "red", "done": "green"}.get(states[job], "dim")
+            table.add_row(job.name, states[job], *describe(job), style=style)
+        if len(rows) > room:
+            table.add_row(f"and {len(rows) - room} more", style="dim")
+        return table
+
+    def close(self) -> None:
+        self.draw(last=True)
+        if self.live:
+            self.live.stop()
+
+
+def print_commands(planned: list[Job]) -> None:
+    for job in planned:
+        text = shlex.join(jobs.command(job, "python", relative=True))
+        print(f"# complete: {text}" if jobs.status(job) == "complete" else text)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    if options.workers < 1 or options.retries < 0:
+        wrong("--workers must be at least 1, --retries 0 or more")
+    planned = plan(options)
+    if options.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into head, say
+        return print_commands(planned)
+    failed: dict[Job, str] = {}
+    states = collections.Counter(map(jobs.status, planned))
+    print(
+        f"{len(planned)} jobs: {states['complete']} complete, {states['begun']} to resume,"
+        f" {states['new'] + states['other']} to start",
+        flush=True,
+    )
+    for job in planned:
+        if jobs.status(job) == "other":
+            print(f"{job.name} holds another run (arguments or script differ): kept, renamed")
+    todo = [job for job in planned if jobs.status(job) != "complete"]
+    engine: Callable = run_on_ray if options.engine == "ray" else run_local
+    stop, board = Stop(), Board(planned, failed)
+    try:
+        for _ in engine(todo, options, stop, failed):
+            board.draw()
+    finally:
+        board.close()
+    missing = [job for job in planned if jobs.status(job) != "complete"]
+    for job in missing:
+        why = failed.get(job, "interrupted; its checkpoint is kept" if stop.signal else "not begun")
+        print(f"missing {job.name}: {why}\n        log: {os.path.relpath(job.log)}")
+    print(f"{len(planned) - len(missing)} of {len(planned)} complete in {planned[0].folder.parent}")
+    if stop.signal:
+        print("go on: the same command again")
+        sys.exit(128 + stop.signal)
+    sys.exit(1 if missing else 0)
+
+
+if __name__ == "__main__":
+    main()

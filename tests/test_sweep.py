@@ -1,0 +1,305 @@
+"""Sweeps: nothing is lost and nothing is run twice, whatever is killed."""
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TESTS, checkpoint, environ, metrics, same, without_times
+
+SHORT = "--num-envs 2 --num-steps 64 --num-minibatches 4 --update-epochs 2 --eval-episodes 2"
+JOBS = int(
+    os.environ.get("JOBS", 6)
+)  # the full trial: JOBS=24 python -m pytest tests/test_sweep.py
+
+
+def suite(folder, env_ids=("Pendulum-v1",), seeds=(1, 2), steps=512, more=""):
+    """A suite file of short jobs."""
+    path = Path(folder) / "small.toml"
+    args = f"{SHORT} --total-timesteps {steps} {more}".split()
+    path.write_text(
+        f"seeds = {list(seeds)}\n[[runs]]\nscripts = ['ppo_continuous', 'not_yet']\n"
+        f"env_ids = {list(env_ids)}\nargs = {args}\n"
+    )
+    return path
+
+
+def words(*arguments):
+    return [sys.executable, "-m", "benchmark.sweep", *map(str, arguments)]
+
+
+def environment(**extra):
+    return environ(PYTHONPATH=f"{TESTS}{os.pathsep}{ROOT}", **extra)
+
+
+def sweep(*arguments, code=0, cwd=ROOT, **extra):
+    done = subprocess.run(
+        words(*arguments), capture_output=True, text=True, cwd=cwd, env=environment(**extra)
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def begin(*arguments, **extra):
+    return subprocess.Popen(
+        words(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment(**extra),
+    )
+
+
+def wait_for(condition, seconds=90):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def folders(root):
+    return sorted(path.parent for path in Path(root).glob("*/args.json") if ".old" not in str(path))
+
+
+def step(folder):
+    try:
+        return metrics(folder)[-1]["global_step"]
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def assert_same_runs(left, right):
+    assert [f.name for f in folders(left)] == [f.name for f in folders(right)]
+    for a, b in zip(folders(left), folders(right), strict=True):
+        assert without_times(metrics(a)) == without_times(metrics(b)), a.name
+        assert same(checkpoint(a), checkpoint(b)), a.name
+
+
+def starts(root, name=""):
+    """How often each job was started, from its log."""
+    logs = Path(root, "logs").glob(f"{name}*.log")
+    return Counter({p.stem: p.read_text().count("$ ") for p in logs})
+
+
+def processes(root):
+    """Ids of the running scripts of a sweep."""
+    found = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True).stdout
+    lines = [line.split(None, 1) for line in found.splitlines()]
+    return [int(pid) for pid, text in lines if str(root) in text and "ppo_continuous.py" in text]
+
+
+def test_a_sweep_completes_and_a_second_one_has_nothing_to_do(tmp_path):
+    first = sweep(suite(tmp_path), "--run-root", tmp_path / "r")
+    assert "2 of 2 complete" in first.stdout and "not written yet: not_yet" in first.stderr
+    before = {f: (f / "metrics.jsonl").read_bytes() for f in folders(tmp_path / "r")}
+    again = sweep(suite(tmp_path), "--run-root", tmp_path / "r")
+    assert "2 complete, 0 to resume, 0 to start" in again.stdout
+    assert before == {f: (f / "metrics.jsonl").read_bytes() for f in folders(tmp_path / "r")}
+    assert set(starts(tmp_path / "r").values()) == {1}
+
+
+def test_commands_of_a_dry_run_can_be_pasted(tmp_path):
+    root = tmp_path / "r"
+    printed = sweep(suite(tmp_path), "--run-root", root, "--dry-run", "--seeds", 3).stdout
+    lines = printed.splitlines()
+    assert len(lines) == 3 and not root.exists()
+    for line in lines:
+        assert line.startswith("python ppo_continuous.py --env-id Pendulum-v1 --seed ")
+        pasted = [sys.executable, *shlex.split(line)[1:]]
+        subprocess.run(pasted, cwd=ROOT, env=environ(), check=True, capture_output=True)
+    again = sweep(suite(tmp_path), "--run-root", root, "--dry-run", "--seeds", 3).stdout
+    assert again.splitlines() == [f"# complete: {line}" for line in lines]
+    assert "3 of 3 complete" in sweep(suite(tmp_path), "--run-root", root, "--seeds", 3).stdout
+    assert not (root / "logs").exists()  # nothing was started
+
+
+def test_overrides(tmp_path):
+    def commands(*arguments):
+        return sweep(suite(tmp_path, seeds=(4, 9)), "--dry-run", *arguments).stdout.splitlines()
+
+    def seeds(*arguments):
+        return [int(shlex.split(line)[5]) for line in commands(*arguments)]
+
+    assert seeds() == [4, 9]
+    assert seeds("--seeds", "1") == [4]
+    assert seeds("--seeds", "4") == [4, 9, 10, 11]
+    assert seeds("--seeds", "11-13,20") == [11, 12, 13, 20]
+    assert all("--env-id probes:" in x for x in commands("--env-ids", "probes:Probe-v0"))
+    assert all(line.endswith("--gamma 0.5") for line in commands("--args=--gamma 0.5"))
+    assert all("--track" in line for line in commands("--track"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "no suite nowhere: there are atari, classic, mujoco, smoke"),
+        (["SUITE", "--scripts", "sac2"], "--scripts sac2"),
+        (["SUITE", "--scripts", "not_yet"], "there is no"),
+        (["SUITE", "--env-ids", "NoSuchEnv-v0"], "NoSuchEnv"),
+        (["SUITE", "--env-ids", "no_module:Env-v0"], "no_module"),
+        (["SUITE", "--seeds", "few"], "--seeds few"),
+        (["SUITE", "--seeds", "0"], "--seeds 0"),
+        (["SUITE", "--workers", "0"], "--workers"),
+        (["SUITE", "--args=--no-such-flag 1"], "refuses"),
+        (["SUITE", "--args=--gamma 7"], "refuses"),
+        (["broken.toml"], "broken.toml"),
+        (["empty.toml"], "empty.toml"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_starts(tmp_path, arguments, said):
+    (tmp_path / "broken.toml").write_text("seeds = [1\n")
+    (tmp_path / "empty.toml").write_text("")
+    path = suite(tmp_path)
+    arguments = [str(path) if word == "SUITE" else word for word in arguments]
+    done = sweep(*arguments, "--run-root", tmp_path / "r", code=2, cwd=tmp_path)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last and "Traceback" not in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_suites_that_come_with_it_are_sound():
+    for path in sorted((ROOT / "benchmark" / "suites").glob("*.toml")):
+        here = {p.stem for p in ROOT.glob("*.py")}
+        if any(f'"{name}"' in path.read_text() for name in here):
+            assert sweep(path.stem, "--dry-run").stdout.startswith("python ")
+
+
+def test_kill_9_of_the_sweep_and_of_jobs(tmp_path):
+    """All complete in the end, each equal to one that nobody disturbed."""
+    path = suite(tmp_path, seeds=range(1, JOBS + 1), steps=8192, more="--checkpoint-frequency 512")
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    sweep(path, "--run-root", calm)
+    for _ in range(2):
+        running = begin(path, "--run-root", rough)
+        begun = [sum(map(step, folders(rough)))]
+        wait_for(lambda: sum(map(step, folders(rough))) >= begun[0] + 2048)  # noqa: B023
+        running.kill()
+        running.wait()
+        running.stdout.close()
+        if sys.platform == "linux":
+            wait_for(lambda: not processes(rough), 30)  # they checkpoint and follow it
+    running = begin(path, "--run-root", rough)
+    wait_for(lambda: processes(rough))
+    time.sleep(3)
+    for pid in processes(rough):
+        os.kill(pid, signal.SIGKILL)
+    output, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, output
+    assert f"{JOBS} of {JOBS} complete" in output
+    assert sum(starts(rough).values()) > JOBS
+    assert_same_runs(calm, rough)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_jobs_checkpoint(tmp_path, number, code):
+    path, root = suite(tmp_path, steps=100_000), tmp_path / "r"
+    running = begin(path, "--run-root", root, "--workers", 2)
+    wait_for(lambda: len(folders(root)) == 2 and all(map(step, folders(root))))
+    running.send_signal(number)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == code, output
+    assert "0 of 2 complete" in output and "the same command again" in output
+    for folder in folders(root):
+        assert checkpoint(folder)["global_step"] == step(folder) > 0
+    assert not processes(root)
+    printed = sweep(path, "--run-root", root, "--dry-run").stdout.splitlines()
+    assert all("--resume" in line for line in printed)
+
+
+def test_two_sweeps_at_once_share_the_work(tmp_path):
+    path, root = suite(tmp_path, seeds=(1, 2, 3, 4), steps=2048), tmp_path / "r"
+    both = [begin(path, "--run-root", root, "--workers", 1) for _ in range(2)]
+    for running in both:
+        output, _ = running.communicate(timeout=200)
+        assert running.returncode == 0, output
+    assert set(starts(root).values()) == {1} and len(starts(root)) == 4
+
+
+def test_a_running_job_is_waited_for(tmp_path):
+    path, root = suite(tmp_path, seeds=(1,)), tmp_path / "r"
+    log = root / "logs" / "Pendulum-v1__ppo_continuous__1.log"
+    log.parent.mkdir(parents=True)
+    with open(log, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        running = begin(path, "--run-root", root)
+        time.sleep(6)
+        assert not folders(root)
+    output, _ = running.communicate(timeout=100)
+    assert running.returncode == 0, output
+
+
+def test_failures_are_retried_then_reported(tmp_path):
+    """A job that crashes once is completed; one that always crashes fails, and hides no other."""
+    ids = ["probes:CrashingOnce-v0", "probes:Crashing-v0", "Pendulum-v1"]
+    path, root = suite(tmp_path, env_ids=ids, seeds=(1,)), tmp_path / "r"
+    marker = {"CRASH_MARKER": str(tmp_path / "crashed")}
+    done = sweep(path, "--run-root", root, code=1, **marker)
+    assert "2 of 3 complete" in done.stdout
+    missing = [line for line in done.stdout.splitlines() if line.startswith("missing")]
+    assert len(missing) == 1 and "probes:Crashing-v0" in missing[0] and "exit code 1" in missing[0]
+    assert "the simulator fell over" in missing[0]  # the exception itself
+    assert starts(root)["probes:CrashingOnce-v0__ppo_continuous__1"] == 2
+    assert starts(root)["probes:Crashing-v0__ppo_continuous__1"] == 3
+    sweep(path, "--run-root", root, "--retries", 0, code=1, **marker)
+    assert starts(root)["probes:Crashing-v0__ppo_continuous__1"] == 4  # a new sweep tries again
+
+
+def test_what_would_fail_again_is_not_retried(tmp_path):
+    path, root = suite(tmp_path, env_ids=["probes:Picture-v0"], seeds=(1,)), tmp_path / "r"
+    done = sweep(path, "--run-root", root, code=1)
+    assert "exit code 2" in done.stdout and set(starts(root).values()) == {1}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    sweep(suite(folder, seeds=(1,)), "--run-root", folder / "r")
+    return folder
+
+
+@pytest.mark.parametrize("what", ["arguments", "sha256", "script", "torn args", "array"])
+def test_another_run_in_the_folder_is_kept_aside(tmp_path, finished, what):
+    """Complete means: these arguments, this script. What is there instead is never overwritten."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (folder,) = folders(tmp_path / "r")
+    about = json.loads((folder / "args.json").read_text())
+    if what == "arguments":
+        about["args"]["gamma"] = 0.5
+    elif what in ("sha256", "script"):
+        about[what] = "other"
+    text = json.dumps([] if what == "array" else about)
+    (folder / "args.json").write_text(text[:-5] if what == "torn args" else text)
+    old = (folder / "metrics.jsonl").read_bytes()
+    done = sweep(suite(tmp_path, seeds=(1,)), "--run-root", tmp_path / "r")
+    assert "holds another run" in done.stdout
+    assert (folder.with_name(f"{folder.name}.old-1") / "metrics.jsonl").read_bytes() == old
+    assert "1 of 1 complete" in done.stdout
+
+
+@pytest.mark.parametrize("what", ["no evaluation", "torn line", "no metrics", "no checkpoint"])
+def test_incomplete_runs_are_resumed(tmp_path, finished, what):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (folder,) = folders(tmp_path / "r")
+    path = folder / "metrics.jsonl"
+    whole, lines = metrics(folder), path.read_text().splitlines(keepends=True)
+    if what == "no evaluation":
+        path.write_text("".join(lines[:-1]))
+    elif what == "torn line":
+        path.write_text("".join(lines)[:-9])
+    elif what == "no metrics":
+        path.unlink()
+    else:
+        path.write_text("".join(lines[:2]))
+        (folder / "checkpoint.pt").unlink()
+    sweep(suite(tmp_path, seeds=(1,)), "--run-root", tmp_path / "r")
+    lost = len(whole) - 1 if what == "no metrics" else 0  # only the evaluation comes back
+    assert without_times(metrics(folder)) == without_times(whole)[lost:]
