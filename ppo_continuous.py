@@ -15,6 +15,7 @@ away from the data. Schulman et al. 2017, arXiv:1707.06347; the equation numbers
                 L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)       (eq. 7)
                 or: L = mean of ratio A - beta KL(pi_old, pi)                   (eq. 8)
                 one Adam step on -L + c1 (V(s) - R)^2 / 2 - c2 entropy          (eq. 9)
+            stop the epochs if KL(pi_old, pi) is above 1.5 times its target
         with the KL penalty: double or halve beta to keep the KL at its target  (section 4)
 
     python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
@@ -27,8 +28,10 @@ Deviations from the paper:
 - Advantages are computed again before every epoch, with the newest critic (arXiv:2006.05990).
 - Advantages are normalised, gradients clipped, weights orthogonal with a small last policy layer
   and a smaller initial spread (arXiv:2006.05990): details that published results rely on.
-- The KL penalty is an unbiased estimate from the sampled actions instead of the closed form, so
-  that nothing but the log-probabilities of the old policy has to be kept.
+- The epochs stop early once the policy has gone too far (--target-kl): clipping alone does not hold
+  it back where actions have many dimensions.
+- The KL is an unbiased estimate from the sampled actions instead of the closed form, so that
+  nothing but the log-probabilities of the old policy has to be kept.
 """
 
 from __future__ import annotations
@@ -157,7 +160,7 @@ class Args:
     """Half the width of the range of ratios that are rewarded."""
     kl_coef: float = 1.0
     """Initial weight beta of the KL penalty; doubles or halves as the KL misses --target-kl."""
-    target_kl: float | None = None
+    target_kl: float | None = 0.05
     """KL in nats. Clip: stop the epochs above 1.5 times it (Spinning Up); penalty: the target."""
     clip_vloss: bool = False
     """Clip the value loss by --clip-coef too (arXiv:2006.05990, section 3.4: it hurts)."""

@@ -22,7 +22,11 @@ from benchmark.results import ROOT
 
 USERS_MISTAKE, NOT_FINITE = 2, 3  # exit codes of the scripts that a second try would repeat
 NEUTRAL = "run_dir resume evaluate track wandb_project_name wandb_entity capture_video"
-NEUTRAL = {*NEUTRAL.split(), "checkpoint_frequency"}  # arguments that leave the numbers alone
+NEUTRAL = {
+    *NEUTRAL.split(),
+    "checkpoint_frequency",
+    "eval_frequency",
+}  # arguments that leave the numbers alone
 
 
 @dataclass(frozen=True)

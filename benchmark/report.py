@@ -1,107 +1,438 @@
-"""The README's table and picture, made from the committed results alone.
+"""Tables and pictures, made from runs alone.
 
-    python -m benchmark.report
+    python -m benchmark.report                            README.md, from benchmark/results
+    python -m benchmark.report runs/mujoco --out report   report/report.md, from run folders
 
-Rewrites what stands between the result markers of README.md, and benchmark/results/*.png. The
-picture carries a hash of its data, so that a test can tell whether it is the newest.
+The pictures carry a hash of their data, so that a test can tell whether they are the newest.
 """
 
+import argparse
 import hashlib
 import json
+import statistics
+import sys
+from collections import defaultdict
 from pathlib import Path
 
-from benchmark.results import RESULTS, ROOT, code_hash, load, mean_and_std, references
+import numpy as np
 
-ALGORITHMS = {"ppo_continuous": "PPO"}
+from benchmark import stats
+from benchmark.jobs import relevant
+from benchmark.results import (
+    RESULTS,
+    ROOT,
+    code_hash,
+    load,
+    read_run,
+    references,
+    run_folders,
+)
+
+ALGORITHMS = {
+    "ppo_continuous": "PPO",
+    "ppo_atari": "PPO",
+    "a2c": "A2C",
+    "reinforce": "REINFORCE",
+    "trpo": "TRPO",
+    "ddpg": "DDPG",
+    "sac": "SAC",
+    "dqn": "DQN",
+    "double_dqn_per": "Double DQN + PER",
+}
 BEGIN, END = "<!-- results: python -m benchmark.report -->", "<!-- end of results -->"
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: told apart by everybody
+# Okabe and Ito's colours, told apart by everybody; black and grey are for other people's results
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+BLACK, GREY = "#000000", "#777777"
 
 
-def table(script: str) -> str:
-    """Markdown table of one script: final evaluations beside published numbers."""
-    algorithm, published = ALGORITHMS[script], references()
-    now = code_hash(ROOT / f"{script}.py")
-    rows = [
-        f"| `{script}.py` | final return, mean ± std | each seed | best published | CleanRL |",
-        "|---|---|---|---|---|",
+# ---- Runs that belong together -------------------------------------------------------------------
+
+
+class Row:
+    """Runs that differ in nothing but the seed: same script, code, environment and arguments."""
+
+    def __init__(self, runs: list[dict]) -> None:
+        self.runs = sorted(runs, key=lambda run: run["args"]["seed"])
+        self.script, self.env_id = Path(runs[0]["script"]).stem, runs[0]["args"]["env_id"]
+        self.code, self.arguments = runs[0]["code_hash"], same_for_all_seeds(runs[0])
+        self.done = [run for run in self.runs if run["eval"]]
+        self.finals = np.array([run["eval"]["episodic_return"] for run in self.done])
+        self.note = ""  # what tells it from other rows of its script and environment
+
+    @property
+    def older(self) -> bool:
+        """Whether the script has changed since, other than in its prose."""
+        path = ROOT / f"{self.script}.py"
+        return not path.exists() or code_hash(path) != self.code
+
+    @property
+    def label(self) -> str:
+        notes = [self.note] if self.note else []
+        notes += ["older code"] if self.older else []
+        return f" ({', '.join(notes)})" if notes else ""
+
+
+def same_for_all_seeds(run: dict) -> dict:
+    arguments = relevant(run["args"])
+    return {key: value for key, value in arguments.items() if key not in ("seed", "env_id")}
+
+
+def group(runs: list[dict]) -> list[Row]:
+    """Rows in order of script and environment; runs of different code or arguments never share one.
+
+    Where a script and environment have several rows, each says what sets it apart.
+    """
+    groups = defaultdict(list)
+    for run in runs:
+        arguments = json.dumps(same_for_all_seeds(run), sort_keys=True)
+        groups[run["script"], run["args"]["env_id"], run["code_hash"], arguments].append(run)
+    rows = [Row(members) for _, members in sorted(groups.items())]
+    together = defaultdict(list)
+    for row in rows:
+        together[row.script, row.env_id].append(row)
+    for several in together.values():
+        keys = {key for row in several for key in row.arguments}
+        differ = [k for k in sorted(keys) if len({str(r.arguments.get(k)) for r in several}) > 1]
+        for row in several if len(several) > 1 else []:
+            notes = [f"{key}={row.arguments.get(key)}" for key in differ]
+            notes += [f"code {row.code[:8]}"] if len({r.code for r in several}) > 1 else []
+            row.note = ", ".join(notes)
+    return rows
+
+
+def without_repeats(runs: list[dict]) -> tuple[list[dict], list[str]]:
+    """A seed counts once: of runs that agree in everything, the first; and what was left out."""
+    kept, left_out = {}, []
+    for run in runs:
+        key = run["script"], run["code_hash"], json.dumps(relevant(run["args"]), sort_keys=True)
+        if key in kept:
+            left_out.append(f"{run.get('folder')}: the same run as {kept[key].get('folder')}")
+        kept.setdefault(key, run)
+    return list(kept.values()), left_out
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
+
+
+def published_cell(row: Row, label: str, sources: list[str]) -> str:
+    """A published result with a reference to its source, which is added to `sources`."""
+    found = references().get((ALGORITHMS.get(row.script, row.script), row.env_id, label))
+    if not found:
+        return ""
+    seeds = f", {found['seeds']} seeds" if found["seeds"] else ""
+    note = "{published_env}: {metric}".format(**found) + f"{seeds}; {found['source']}"
+    sources += [note] if note not in sources else []
+    spread = f" ± {number(float(found['std']))}" if found["std"] else ""
+    return f"{number(float(found['mean']))}{spread} [{sources.index(note) + 1}]"
+
+
+def table(rows: list[Row]) -> str:
+    """Final evaluations of one script beside published numbers, as Markdown."""
+    lines = [
+        f"| `{rows[0].script}.py` | mean ± std | IQM [95 % interval] | seeds | best published |"
+        " CleanRL |",
+        "|---|---|---|---|---|---|",
     ]
-    sources = []
-    for env_id, seeds in load(script).items():
-        finals = {seed: run["eval"]["episodic_return"] for seed, run in seeds.items()}
-        mean, std = mean_and_std(list(finals.values()))
-        older = "" if all(run["code_hash"] == now for run in seeds.values()) else " (older code)"
-        each = ", ".join(f"{value:.0f}" for value in finals.values())
-        cells = []
-        for label in ("best", "CleanRL"):
-            if row := published.get((algorithm, env_id, label)):
-                note = "{published_env}, {metric}, {seeds} seeds: {source}".format(**row)
-                sources += [note] if note not in sources else []
-                number = f"{float(row['mean']):.0f} ± {float(row['std']):.0f}"
-                cells.append(f"{number} [{sources.index(note) + 1}]")
-            else:
-                cells.append("")
-        ours = f"| {env_id}{older} | **{mean:.0f} ± {std:.0f}** | {each} | "
-        rows.append(ours + " | ".join(cells) + " |")
+    sources: list[str] = []
+    for row in rows:
+        best, cleanrl = (published_cell(row, label, sources) for label in ("best", "CleanRL"))
+        seeds = f"{len(row.done)}" + (
+            f" of {len(row.runs)}" if len(row.done) < len(row.runs) else ""
+        )
+        ours, middle = "", ""
+        if row.done:
+            ours, middle = number(row.finals.mean()), number(stats.iqm(row.finals))
+            if len(row.done) > 1:  # one run has no spread
+                low, high = stats.interval([row.finals], stats.iqm)
+                ours += f" ± {number(row.finals.std(ddof=1))}"
+                middle += f" [{number(low)}, {number(high)}]"
+            reference = references().get((ALGORITHMS.get(row.script), row.env_id, "best"))
+            if reference and row.finals.mean() >= float(reference["mean"]):
+                ours = f"**{ours}**"
+        lines.append(
+            f"| {row.env_id}{row.label} | {ours} | {middle} | {seeds} | {best} | {cleanrl} |"
+        )
     notes = [f"[{n}] {text}  " for n, text in enumerate(sources, 1)]
-    return "\n".join([*rows, "", *notes])
+    return "\n".join([*lines, "", *notes]).rstrip() + "\n"
 
 
-def data_hash(script: str) -> str:
-    """Hash of everything that the picture shows."""
-    shown = {e: {s: r["curve"] for s, r in seeds.items()} for e, seeds in load(script).items()}
-    shown["references"] = [r for k, r in sorted(references().items()) if k[0] == ALGORITHMS[script]]
+def each_run(rows: list[Row]) -> str:
+    """Every run by itself, finished or not, folded away."""
+    lines = [
+        "<details><summary>Every run</summary>\n",
+        "| environment | seed: final return ± std over its episodes | minutes a run |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        cells = []
+        for run in row.runs:
+            final = f"unfinished at step {run['steps']:,}"
+            if run["eval"]:
+                std = number(run["eval"]["episodic_return_std"])
+                final = f"{number(run['eval']['episodic_return'])} ± {std}"
+            cells.append(f"{run['args']['seed']}: {final}")
+        minutes = statistics.median(run["wall_time"] for run in row.runs) / 60
+        lines.append(f"| {row.env_id}{row.label} | {', '.join(cells)} | {minutes:.1f} |")
+    return "\n".join([*lines, "", "</details>\n"])
+
+
+def unfinished(rows: list[Row]) -> str:
+    """A line for every run that did not finish."""
+    lines = [
+        f"- {row.script}.py {row.env_id}{row.label} seed {run['args']['seed']}:"
+        f" unfinished at step {run['steps']:,} of {run['args']['total_timesteps']:,}"
+        for row in rows
+        for run in row.runs
+        if not run["eval"]
+    ]
+    return "\n".join(["Not finished, and not in the numbers:\n", *lines, ""]) if lines else ""
+
+
+# ---- Over environments: normalised scores --------------------------------------------------------
+
+
+def normalised(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
+    """script -> environment -> scores of its runs: 0 is random, 1 the best published of any script.
+
+    Rows of older code or with others beside them are left out: they are several configurations.
+    """
+    scores: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    known = references()
+    for row in rows:
+        best = [float(r["mean"]) for (_, env, what), r in known.items()
+                if env == row.env_id and what == "best"]  # fmt: skip
+        floor = known.get(("any", row.env_id, "random"))
+        if best and floor and row.done and not row.note:
+            zero = float(floor["mean"])
+            scores[row.script][row.env_id] = (row.finals - zero) / (max(best) - zero)
+    return dict(scores)
+
+
+def common(scores: dict[str, dict]) -> list[str]:
+    """The environments that every script has."""
+    return sorted(set.intersection(*(set(envs) for envs in scores.values())))
+
+
+def aggregates(rows: list[Row]) -> str:
+    """IQM and mean of normalised scores, and who beats whom, as Markdown; "" without scores."""
+    scores = normalised(rows)
+    shared = common(scores) if scores else []
+    if len(shared) < 2:
+        return ""
+    lines = [
+        f"Over {len(shared)} environments ({', '.join(shared)}), with scores normalised so that"
+        " random actions are 0 and the best published result is 1:\n",
+        "| script | IQM [95 % interval] | mean [95 % interval] | runs at or above 1 |",
+        "|---|---|---|---|",
+    ]
+    for script, envs in scores.items():
+        parts = [envs[env_id] for env_id in shared]
+        cells = []
+        for statistic in (stats.iqm, lambda x: x.mean(-1)):
+            low, high = stats.interval(parts, statistic)
+            cells.append(f"{statistic(np.concatenate(parts)):.2f} [{low:.2f}, {high:.2f}]")
+        share = np.mean([(x >= 1).mean() for x in parts])
+        lines.append(f"| `{script}.py` | {cells[0]} | {cells[1]} | {share:.0%} |")
+    pairs = [(a, b) for a in scores for b in scores if a < b]
+    if pairs:
+        lines += ["", "| X | Y | P(a run of X beats one of Y) [95 % interval] |", "|---|---|---|"]
+    for a, b in pairs:
+        x, y = ([scores[script][env_id] for env_id in shared] for script in (a, b))
+        value, low, high = stats.probability_of_improvement(x, y)
+        lines.append(f"| `{a}.py` | `{b}.py` | {value:.2f} [{low:.2f}, {high:.2f}] |")
+    return "\n".join(lines) + "\n"
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def data_hash(rows: list[Row]) -> str:
+    """Hash of everything that the pictures show."""
+    shown: list = [
+        [r["label"], r["env_id"], r["algorithm"], r["mean"]] for r in references().values()
+    ]
+    for row in rows:
+        shown.append([row.script, row.env_id, row.note])
+        shown += [[run["args"]["seed"], run["eval"], run["curve"]] for run in row.runs]
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
 
-def picture(script: str) -> Path:
-    """Learning curves, one panel an environment: seeds thin, their mean thick."""
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results, published = load(script), references()
-    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 3.4), squeeze=False)
-    for axis, (env_id, seeds) in zip(axes[0], results.items(), strict=True):
-        points = {}
-        for run in seeds.values():
-            steps, returns = zip(*run["curve"], strict=True)
-            axis.plot([s / 1e6 for s in steps], returns, color=BLUE, alpha=0.3, linewidth=0.8)
-            for step, value in run["curve"]:
-                points.setdefault(step, []).append(value)
-        steps = sorted(step for step, values in points.items() if len(values) == len(seeds))
-        means = [sum(points[step]) / len(seeds) for step in steps]
-        label = f"mean of {len(seeds)} seeds"
-        axis.plot([s / 1e6 for s in steps], means, color=BLUE, linewidth=2, label=label)
-        for name, color, style in (("best", ORANGE, "--"), ("CleanRL", GREY, ":")):
-            if row := published.get((ALGORITHMS[script], env_id, name)):
-                text = "best published" if name == "best" else name
-                axis.axhline(float(row["mean"]), color=color, linestyle=style, label=text)
-        axis.set_title(env_id)
-        axis.set_xlabel("environment steps (millions)")
+    plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    return plt
+
+
+def common_curve(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Curves of the finished runs on common steps. Shapes: (points,), (runs, points)."""
+    curves = [np.array(run["curve"]).T for run in row.done if len(run["curve"]) > 1]
+    first = max((curve[0][0] for curve in curves), default=0)
+    last = min((curve[0][-1] for curve in curves), default=0)
+    every = np.unique(np.concatenate([curve[0] for curve in curves])) if curves else np.array([])
+    steps = every[(every >= first) & (every <= last)]
+    return steps, np.array([np.interp(steps, *curve) for curve in curves])
+
+
+def draw_curves(rows: list[Row], path: Path) -> None:
+    """A panel an environment: each run thin, their mean thick with its 95 % interval."""
+    plt = pyplot()
+    env_ids = list(dict.fromkeys(row.env_id for row in rows))
+    names = list(dict.fromkeys(f"{row.script}.py{row.label}" for row in rows))
+    columns = min(3, len(env_ids))
+    height = -(-len(env_ids) // columns)
+    size = (3.3 * columns + 0.4, 2.5 * height + 0.9)
+    figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
+    shown = {}
+    for axis, env_id in zip(axes.flat, env_ids, strict=False):
+        for row in (row for row in rows if row.env_id == env_id):
+            name = f"{row.script}.py{row.label}"
+            color = COLORS[names.index(name) % len(COLORS)]
+            for run in row.runs:
+                if run["curve"]:
+                    steps, returns = zip(*run["curve"], strict=True)
+                    line = axis.plot(np.array(steps) / 1e6, returns, color=color)[0]
+                    line.set(alpha=0.35, linewidth=0.7, linestyle="-" if run["eval"] else ":")
+            steps, curves = common_curve(row)
+            if len(steps):
+                mean = axis.plot(steps / 1e6, curves.mean(0), color=color, linewidth=1.8)[0]
+                axis.fill_between(steps / 1e6, *stats.band(curves), color=color, alpha=0.2, lw=0)
+                shown.setdefault(f"{name}: mean, 95 % interval, each seed", mean)
+        for label, name, color, style in (
+            ("best", "best published", BLACK, "--"),
+            ("CleanRL", "CleanRL", GREY, ":"),
+        ):
+            found = {ALGORITHMS.get(row.script, ""): row for row in rows if row.env_id == env_id}
+            for algorithm in found:
+                if reference := references().get((algorithm, env_id, label)):
+                    line = axis.axhline(float(reference["mean"]), color=color, linestyle=style)
+                    shown.setdefault(name if len(found) == 1 else f"{name}, each algorithm", line)
+        axis.set_title(env_id, fontsize=10)
         axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("return of training episodes")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    labels[0] = "mean over seeds (thin: each seed)"
-    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    path = RESULTS / f"{script}.png"
-    figure.savefig(path, dpi=110, metadata={"Data": data_hash(script), "Software": None})
-    return path
+    for axis in axes.flat[len(env_ids) :]:
+        axis.axis("off")
+    for place, axis in enumerate(axes.flat[: len(env_ids)]):
+        if place + columns >= len(env_ids):
+            axis.set_xlabel("environment steps (millions)")
+        if place % columns == 0:
+            axis.set_ylabel("return per episode")
+    figure.tight_layout(rect=(0, 0.55 / size[1], 1, 1))
+    figure.legend(shown.values(), shown.keys(), loc="lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Data": data_hash(rows), "Software": None})
+    plt.close(figure)
+
+
+def draw_profile(rows: list[Row], path: Path) -> None:
+    """Performance profiles: the share of runs above each normalised score."""
+    plt = pyplot()
+    scores = normalised(rows)
+    shared = common(scores)
+    thresholds = np.linspace(0, 2, 201)
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for place, (script, envs) in enumerate(scores.items()):
+        parts = [envs[env_id] for env_id in shared]
+        color = COLORS[place % len(COLORS)]
+        profile = stats.performance_profile(parts, thresholds)
+        axis.plot(thresholds, profile, color=color, linewidth=1.8, label=f"{script}.py")
+        low, high = stats.profile_band(parts, thresholds)
+        axis.fill_between(thresholds, low, high, color=color, alpha=0.2, lw=0)
+    axis.axvline(1, color=BLACK, linestyle="--", linewidth=1, label="best published")
+    axis.set_xlabel("normalised score (0: random actions, 1: best published)")
+    axis.set_ylabel("share of runs above the score")
+    axis.set(xlim=(0, 2), ylim=(0, 1.02))
+    axis.grid(alpha=0.25)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.legend(loc="lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Data": data_hash(rows), "Software": None})
+    plt.close(figure)
+
+
+# ---- README and reports --------------------------------------------------------------------------
+
+
+def collected() -> dict[str, list[Row]]:
+    """script -> its rows, from the committed results."""
+    found = {script: group(load(script)) for script in ALGORITHMS}
+    return {script: rows for script, rows in found.items() if rows}
 
 
 def readme_with_results() -> str:
     """README.md with the part between the markers made anew."""
     text = (ROOT / "README.md").read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    parts = []
-    for script in ALGORITHMS:
+    parts, everything = [], []
+    for script, rows in collected().items():
         image = f"![Learning curves of {script}.py](benchmark/results/{script}.png)"
-        parts += [table(script), "", image, ""]
-    return before + BEGIN + "\n\n" + "\n".join(parts) + "\n" + END + after
+        parts += [table(rows), unfinished(rows), image, "", each_run(rows)]
+        everything += rows
+    if over := aggregates(everything):
+        parts += [over, "![Performance profiles](benchmark/results/profiles.png)"]
+    return before + BEGIN + "\n\n" + "\n".join(part for part in parts) + "\n\n" + END + after
+
+
+def write_readme() -> None:
+    found = collected()
+    for script, rows in found.items():
+        draw_curves(rows, RESULTS / f"{script}.png")
+    everything = [row for rows in found.values() for row in rows]
+    if aggregates(everything):
+        draw_profile(everything, RESULTS / "profiles.png")
+    (ROOT / "README.md").write_text(readme_with_results())
+
+
+def write_report(paths: list[Path], out: Path) -> list[str]:
+    """report.md and its pictures from run folders. Returns what could not be used, and why."""
+    runs, problems = [], []
+    for folder in run_folders(paths):
+        try:
+            runs.append(read_run(folder) | {"folder": str(folder)})
+        except ValueError as error:
+            problems.append(str(error))
+    runs, repeated = without_repeats(runs)
+    problems += repeated
+    rows = group(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    parts = ["# Results\n"]
+    for script in dict.fromkeys(row.script for row in rows):
+        mine = [row for row in rows if row.script == script]
+        parts += [table(mine), each_run(mine)]
+    parts += [unfinished(rows)]
+    if problems:
+        parts += ["Could not be used:\n", *(f"- {text}" for text in problems), ""]
+    if any(run["curve"] for run in runs):
+        draw_curves(rows, out / "curves.png")
+        parts += ["![Learning curves](curves.png)\n"]
+    if over := aggregates(rows):
+        draw_profile(rows, out / "profiles.png")
+        parts += [over, "![Performance profiles](profiles.png)"]
+    (out / "report.md").write_text("\n".join(parts) + "\n")
+    return problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders of them")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report")
+    options = parser.parse_args()
+    try:
+        if not options.runs:
+            return write_readme()
+        problems = write_report(options.runs, options.out)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for text in problems:
+        print(f"not used: {text}", file=sys.stderr)
+    print(options.out / "report.md")
+    sys.exit(1 if problems else 0)
 
 
 if __name__ == "__main__":
-    for name in ALGORITHMS:
-        print(picture(name))
-    (ROOT / "README.md").write_text(readme_with_results())
+    main()

@@ -1,19 +1,22 @@
-"""Committed results: small per-seed files made from run folders, and how to read them back.
+"""Results of runs: read from run folders, and kept small beside the code.
 
-    python -m benchmark.results RUN_DIR ...     collect finished runs into benchmark/results/
+    python -m benchmark.results RUN_DIR ...     collect runs into benchmark/results/
 
-results/{script}/{environment}/{seed}.csv holds the learning curve (training returns, thinned), and
-{seed}.json what the run was: arguments, code, versions, hardware, wall time, final evaluation.
+A RUN_DIR is a run folder, or a folder of run folders such as runs/mujoco. In
+results/{script}/{environment}/, {seed}.csv holds a learning curve (training returns, thinned) and
+meta.json what each run was: arguments, code, versions, hardware, wall time, final evaluation. A run
+that did not finish is collected too, as such.
 """
 
 import ast
 import csv
 import hashlib
 import json
+import os
 import platform
-import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -50,56 +53,115 @@ def thin(lines: list[dict], total: int) -> list[tuple[int, float]]:
     return curve
 
 
-def collect(run_dir: Path) -> Path:
-    """Write the two files of one finished run. Raises: ValueError if it is not finished."""
-    about = json.loads((run_dir / "args.json").read_text())
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    args, last = about["args"], lines[-1]
-    if last["global_step"] < args["total_timesteps"] or "eval/episodic_return" not in last:
-        raise ValueError(f"{run_dir} has no final evaluation: resume it first")
-    folder = RESULTS / Path(about["script"]).stem / args["env_id"].replace("/", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    about["args"] = {key: value for key, value in args.items() if key != "run_dir"}
-    about |= {
-        "code_hash": code_hash(run_dir / about["script"]),
-        "hardware": f"{platform.machine()}, {platform.system()}",
+def hardware() -> str:
+    """Processor and cores of this machine."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).split(": ")[1]
+    except (OSError, StopIteration, IndexError):
+        pass
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All lines but a torn last one, as kills leave it. Raises: ValueError naming a corrupt one."""
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            line["global_step"], line["wall_time"]  # what every line has
+            lines.append(line)
+        except (ValueError, KeyError, TypeError):
+            if number < len(texts):
+                raise ValueError(f"{path} line {number} is corrupt: {text[:60]!r}") from None
+    return lines
+
+
+def read_run(run_dir: Path) -> dict:
+    """One run: what args.json says, with curve, evaluation, code hash and wall time.
+
+    "eval" is None where the run did not finish. Raises: ValueError, naming what is wrong.
+    """
+    try:
+        run = json.loads((run_dir / "args.json").read_text())
+        args, script = run["args"], run["script"]
+        total = args["total_timesteps"]
+        run["args"] = {key: value for key, value in args.items() if key != "run_dir"}
+        lines = read_metrics(run_dir / "metrics.jsonl")
+        run["code_hash"] = code_hash(run_dir / script)
+    except FileNotFoundError as error:
+        raise ValueError(f"{run_dir}: no {Path(error.filename).name}: not a whole run") from None
+    except (json.JSONDecodeError, KeyError, TypeError, SyntaxError) as error:
+        raise ValueError(f"{run_dir}: not a whole run: {error!r}") from None
+    last = lines[-1] if lines else {"global_step": 0, "wall_time": 0.0}
+    final = {key[5:]: value for key, value in last.items() if key.startswith("eval/")}
+    return run | {
+        "steps": last["global_step"],
         "wall_time": round(last["wall_time"], 1),
-        "eval": {key[5:]: value for key, value in last.items() if key.startswith("eval/")},
+        "eval": final if last["global_step"] >= total and "episodic_return" in final else None,
+        "curve": thin(lines, max(total, last["global_step"])),
     }
-    (folder / f"{args['seed']}.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def run_folders(paths: Iterable[Path]) -> list[Path]:
+    """The run folders among the paths and right below them. Raises: ValueError if one has none."""
+    found = []
+    for path in paths:
+        below = sorted(inner.parent for inner in path.glob("*/args.json"))
+        runs = [path] if (path / "args.json").exists() else below
+        if not runs:
+            what = "holds no run" if path.is_dir() else "is not there"
+            raise ValueError(f"{path} {what}")
+        found += [run for run in runs if ".old-" not in run.name]
+    return list(dict.fromkeys(found))
+
+
+def collect(run_dir: Path) -> Path:
+    """Add one run to the results. Raises: ValueError if it is not a whole run."""
+    run = read_run(run_dir)
+    args, curve = run["args"], run.pop("curve")
+    folder = RESULTS / Path(run["script"]).stem / args["env_id"].replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = folder / "meta.json"
+    runs = json.loads(meta.read_text()) if meta.exists() else {}
+    runs[str(args["seed"])] = run | {"hardware": hardware()}
+    runs = {seed: runs[seed] for seed in sorted(runs, key=int)}
+    meta.write_text(json.dumps(runs, indent=1) + "\n")
     with open(folder / f"{args['seed']}.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["global_step", "episodic_return"])
-        writer.writerows(thin(lines, last["global_step"]))
+        writer.writerows(curve)
     return folder
 
 
-def load(script: str) -> dict[str, dict[int, dict]]:
-    """environment -> seed -> what its json holds, with its curve under "curve"."""
-    found = defaultdict(dict)
-    for path in sorted((RESULTS / script).glob("*/*.json"), key=lambda p: int(p.stem)):
-        about = json.loads(path.read_text())
-        with open(path.with_suffix(".csv")) as file:
-            _, *rows = csv.reader(file)
-        found[about["args"]["env_id"]][about["args"]["seed"]] = about | {
-            "curve": [(int(step), float(value)) for step, value in rows]
-        }
-    return dict(sorted(found.items()))
+def load(script: str) -> list[dict]:
+    """The collected runs of a script, like read_run gives them. Raises: ValueError."""
+    runs = []
+    for meta in sorted((RESULTS / script).glob("*/meta.json")):
+        try:
+            for seed, run in json.loads(meta.read_text()).items():
+                if run["script"] != f"{script}.py":
+                    raise ValueError(f"a run of {run['script']} in the folder of {script}.py")
+                with open(meta.parent / f"{seed}.csv") as file:
+                    _, *rows = csv.reader(file)
+                runs.append(run | {"curve": [(int(step), float(value)) for step, value in rows]})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{meta}: {error}") from None
+    return runs
 
 
 def references() -> dict[tuple[str, str, str], dict]:
     """(algorithm, environment, label) -> row of reference_results.csv."""
-    with open(RESULTS.parent / "reference_results.csv") as file:
+    with open(ROOT / "benchmark" / "reference_results.csv") as file:
         return {(r["algorithm"], r["env_id"], r["label"]): r for r in csv.DictReader(file)}
 
 
-def mean_and_std(values: list[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        try:
-            print(collect(Path(name)))
-        except (OSError, KeyError, IndexError, ValueError) as error:
-            sys.exit(f"error: {name}: {error}")
+    try:
+        for folder in run_folders(map(Path, sys.argv[1:])):
+            print(collect(folder), folder.name)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENV_ID, TOTAL, WARM_UP = "HalfCheetah-v5", 81_920, 20_480
 PPO = f"""--env-id {ENV_ID} --total-timesteps {TOTAL} --num-envs 8 --num-steps 256
---update-epochs 10 --num-minibatches 32 --no-recompute-advantages --checkpoint-frequency 0
---eval-episodes 1"""
+--update-epochs 10 --num-minibatches 32 --no-recompute-advantages --target-kl None
+--checkpoint-frequency 0 --eval-episodes 1"""
 ROWS = {  # name -> (script, its arguments, the peer's script)
     "PPO": ("ppo_continuous.py", PPO, "sb3_ppo.py"),
     "PPO, --compile": ("ppo_continuous.py", PPO + " --compile", "sb3_ppo.py"),

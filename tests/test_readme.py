@@ -52,12 +52,28 @@ def test_every_script_command_runs(tmp_path):
         assert done.stdout.startswith("eval mean_return="), line
 
 
+def test_every_sweep_command_is_sound():
+    lines = [line.split("&&")[-1].split() for line in commands() if "benchmark.sweep" in line]
+    assert lines
+    for words in lines:
+        done = subprocess.run(
+            [sys.executable, *words[1:], *([] if "--dry-run" in words else ["--dry-run"])],
+            cwd=ROOT,
+            env=environ(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and done.stdout.startswith("python "), done.stderr
+
+
 def test_flags_in_the_prose_exist():
+    programs = [[str(ROOT / f"{script}.py")] for script in SCRIPTS]
+    programs += [["-m", f"benchmark.{name}"] for name in ("sweep", "report", "speed")]
     help_text = "".join(
         subprocess.run(
-            [sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True
+            [sys.executable, *words, "--help"], capture_output=True, text=True, cwd=ROOT
         ).stdout
-        for script in SCRIPTS
+        for words in programs
     )
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert flag in help_text, flag
@@ -78,8 +94,13 @@ def test_results_are_what_the_committed_data_gives():
     from benchmark import report
 
     assert report.readme_with_results() == README, "python -m benchmark.report"
-    for script in report.ALGORITHMS:
-        assert report.load(script), f"no results of {script}"
-        Image = pytest.importorskip("PIL.Image")
-        image = Image.open(report.RESULTS / f"{script}.png")
-        assert image.info["Data"] == report.data_hash(script), "python -m benchmark.report"
+    Image = pytest.importorskip("PIL.Image")
+    found = report.collected()
+    pictures = {script: rows for script, rows in found.items()}
+    everything = [row for rows in found.values() for row in rows]
+    if report.aggregates(everything):
+        pictures["profiles"] = everything
+    assert pictures
+    for name, rows in pictures.items():
+        image = Image.open(report.RESULTS / f"{name}.png")
+        assert image.info["Data"] == report.data_hash(rows), "python -m benchmark.report"

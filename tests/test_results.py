@@ -3,32 +3,23 @@
 import json
 import sys
 
-import pytest
 from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT))
-from benchmark import report, results
+from benchmark import results
 
 
-def test_collecting_a_run(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+def test_a_real_run_is_read(script, tmp_path):
     run(script, "--run-dir", tmp_path / "r", "--total-timesteps", 2048)
-    results.collect(tmp_path / "r")
-    loaded = results.load(script)["Pendulum-v1"][1]
+    found = results.read_run(tmp_path / "r")
     last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert loaded["eval"]["episodic_return"] == last["eval/episodic_return"]
-    assert loaded["code_hash"] == results.code_hash(ROOT / f"{script}.py")
-    assert loaded["curve"] and loaded["curve"][-1][0] <= 2048
-    assert "run_dir" not in loaded["args"]
-
-
-def test_an_unfinished_run_is_refused(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
-    run(script, "--run-dir", tmp_path / "r")
+    assert found["eval"]["episodic_return"] == last["eval/episodic_return"]
+    assert found["code_hash"] == results.code_hash(ROOT / f"{script}.py")
+    assert found["curve"] and found["curve"][-1][0] <= 2048
+    assert "run_dir" not in found["args"] and found["steps"] == last["global_step"]
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "r" / "metrics.jsonl").write_text("\n".join(lines[:-1]))
-    with pytest.raises(ValueError, match="final evaluation"):
-        results.collect(tmp_path / "r")
+    assert results.read_run(tmp_path / "r")["eval"] is None
 
 
 def test_thinning_weighs_by_episodes():
@@ -46,10 +37,3 @@ def test_the_hash_ignores_prose_and_sees_code(tmp_path):
         path.write_text(text)
     first, prose, code = map(results.code_hash, paths)
     assert first == prose != code
-
-
-def test_older_code_is_marked(monkeypatch):
-    for script in report.ALGORITHMS:
-        if results.load(script):
-            monkeypatch.setattr(report, "code_hash", lambda path: "newer")
-            assert "(older code)" in report.table(script)

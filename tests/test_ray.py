@@ -1,0 +1,96 @@
+"""The sweep on a real Ray cluster of two nodes on this machine; skipped where Ray is missing."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_sweep import (
+    JOBS,
+    assert_same_runs,
+    begin,
+    environment,
+    folders,
+    starts,
+    step,
+    suite,
+    sweep,
+    wait_for,
+)
+
+pytest.importorskip("ray")
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def raylets(folder):
+    """Process ids of the nodes' daemons, oldest first."""
+    found = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True).stdout
+    lines = [line.split(None, 1) for line in found.splitlines()]
+    return sorted(int(pid) for pid, text in lines if "/raylet/raylet " in text and folder in text)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Two nodes with one core each. Yields (address, environment variables, folder)."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # paths of sockets have 107 characters
+        extra = {"HOME": short, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        port = 20_000 + os.getpid() % 20_000
+        head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}/r"]
+        for words in (head, [f"--address=127.0.0.1:{port}"]):
+            command = [*RAY, "start", *words, "--num-cpus=1", "--disable-usage-stats"]
+            done = subprocess.run(
+                command, env=environment(**extra), capture_output=True, text=True, timeout=120
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        try:
+            yield f"127.0.0.1:{port}", extra, short
+        finally:
+            found = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True)
+            for line in found.stdout.splitlines():
+                if re.search(rf"{short}|:{port}", line) and "ray" in line:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(line.split()[0]), signal.SIGKILL)
+
+
+def test_a_node_is_killed_and_every_job_completes(tmp_path, cluster):
+    """Its jobs go on elsewhere, from their checkpoints; all equal an undisturbed sweep."""
+    address, extra, short = cluster
+    path = suite(tmp_path, seeds=range(1, JOBS + 1), steps=8192, more="--checkpoint-frequency 512")
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    sweep(path, "--run-root", calm)
+    nodes = raylets(short)
+    assert len(nodes) == 2
+    running = begin(path, "--run-root", rough, "--engine", "ray", "--ray-address", address, **extra)
+    wait_for(lambda: len(folders(rough)) >= 2 and all(map(step, folders(rough))))
+    os.kill(nodes[1], signal.SIGKILL)
+    output, _ = running.communicate(timeout=400)
+    assert running.returncode == 0, output
+    assert f"{JOBS} of {JOBS} complete" in output
+    assert sum(starts(rough).values()) > JOBS, "the killed node ran nothing"
+    assert_same_runs(calm, rough)
+
+
+def test_ctrl_c_stops_the_jobs_of_a_cluster(tmp_path, cluster):
+    address, extra, _ = cluster
+    path, root = suite(tmp_path, steps=200_000), tmp_path / "r"
+    words = ["--engine", "ray", "--ray-address", address]
+    running = begin(path, "--run-root", root, *words, **extra)
+    wait_for(lambda: len(folders(root)) == 2 and all(map(step, folders(root))))
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=100)
+    assert running.returncode == 130, output
+    assert all(Path(folder, "checkpoint.pt").exists() for folder in folders(root))
+
+
+def test_a_wrong_address_is_one_line(tmp_path):
+    words = ["--engine", "ray", "--ray-address", "127.0.0.1:1", "--run-root", tmp_path / "r"]
+    done = sweep(suite(tmp_path), *words, code=2, RAY_AUTH_MODE="disabled", HOME=str(tmp_path))
+    assert "error: --ray-address 127.0.0.1:1" in done.stderr
+    assert not (tmp_path / "r").exists() and ROOT.exists()

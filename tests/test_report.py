@@ -1,0 +1,273 @@
+"""Reports: statistics against definitions, and nothing averaged that does not belong together."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, environ
+
+sys.path.insert(0, str(ROOT))
+from benchmark import report, results, stats
+
+
+def fake(folder, env_id="Hopper-v5", seed=1, final=100.0, code="x = 1\n", **args):
+    """A finished run folder; final=None: an unfinished one."""
+    folder.mkdir(parents=True)
+    script = args.pop("script", "ppo_continuous.py")
+    args = {"env_id": env_id, "seed": seed, "total_timesteps": 1000, "gamma": 0.99} | args
+    about = {"args": args | {"run_dir": str(folder)}, "script": script, "sha256": "0", "git": None}
+    (folder / "args.json").write_text(json.dumps(about | {"versions": {}, "device": "cpu"}))
+    (folder / script).write_text(code)
+    lines = [
+        {"charts/episodic_return": 10.0 * n, "charts/episodes": 1, "global_step": 100 * n}
+        for n in range(1, 11 if final is not None else 6)
+    ]
+    if final is not None:
+        last = {"eval/episodic_return": final, "eval/episodic_return_std": 1.0, "eval/episodes": 2}
+        lines.append(last | {"global_step": 1000})
+    lines = [line | {"wall_time": 60.0} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def make(*paths, out, code=0):
+    words = [sys.executable, "-m", "benchmark.report", *map(str, paths), "--out", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environ())
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([3], 3), ([1, 2], 1.5), ([1, 2, 9], 4), ([9, 1, 2, 4], 3), ([1, 2, 3, 5, 100], 10 / 3)],
+)
+def test_iqm_by_hand(values, expected):
+    assert stats.iqm(np.array(values)) == pytest.approx(expected)
+    assert stats.iqm(np.array([values, values])) == pytest.approx([expected, expected])
+
+
+def test_interval_of_a_mean_is_the_textbooks():
+    x = np.random.default_rng(3).normal(5, 2, 400)
+    low, high = stats.interval([x], lambda drawn: drawn.mean(-1))
+    half = 1.96 * x.std() / 20
+    assert (low, high) == pytest.approx((x.mean() - half, x.mean() + half), abs=0.03)
+    assert (low, high) == stats.interval([x], lambda drawn: drawn.mean(-1))  # again: the same
+
+
+def test_interval_against_every_resample():
+    """Three runs have 27 resamples; percentiles of all of them."""
+    x = np.array([1.0, 2.0, 4.0])
+    means = [np.mean(drawn) for drawn in itertools.product(x, repeat=3)]
+    expected = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
+    assert stats.interval([x], lambda drawn: drawn.mean(-1)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_resampling_is_stratified():
+    """Runs never cross from one environment to another: equal runs leave no uncertainty."""
+    scores = [np.full(5, 0.0), np.full(5, 100.0)]
+    assert stats.interval(scores, lambda drawn: drawn.mean(-1)) == (50, 50)
+
+
+def test_performance_profile_by_hand():
+    scores = [np.array([0.1, 0.6, 0.9, 1.1]), np.array([0.5, 2.0])]
+    profile = stats.performance_profile(scores, np.array([0.0, 0.55, 1.0, 3.0]))
+    assert profile == pytest.approx([1, (3 / 4 + 1 / 2) / 2, (1 / 4 + 1 / 2) / 2, 0])
+    low, high = stats.profile_band(scores, np.array([0.0, 0.55, 1.0, 3.0]))
+    assert (low <= profile).all() and (profile <= high).all() and low[2] < high[2]
+
+
+def test_probability_of_improvement_by_hand():
+    x, y = [np.array([1.0, 3.0]), np.array([0.0])], [np.array([1.0, 2.0, 2.5]), np.array([5.0])]
+    first = (0.5 + 0 + 0 + 3) / 6  # one tie, and 3 beats all three
+    value, low, high = stats.probability_of_improvement(x, y)
+    assert value == pytest.approx((first + 0) / 2) and low <= value <= high
+    assert stats.probability_of_improvement([np.ones(5)], [np.zeros(4)]) == (1, 1, 1)
+    back, _, _ = stats.probability_of_improvement(y, x)
+    assert back == pytest.approx(1 - value)
+
+
+def test_band_of_a_curve():
+    curves = np.random.default_rng(0).normal(0, 1, (100, 50))
+    low, high = stats.band(curves)
+    assert np.mean((low < 0) & (high > 0)) > 0.85
+    assert np.mean(high - low) == pytest.approx(2 * 1.96 / 10, rel=0.1)
+
+
+# ---- What is averaged, and what is not -----------------------------------------------------------
+
+
+def rows_of(text):
+    return [line for line in text.splitlines() if line.startswith("| Hopper-v5")]
+
+
+def test_a_table_by_hand(tmp_path):
+    for seed, final in enumerate([100, 200, 300, 400, 1000], 1):
+        fake(tmp_path / "runs" / str(seed), seed=seed, final=final)
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    cells = [cell.strip() for cell in rows_of(text)[0].split("|")]
+    assert cells[2] == "400 ± 354" and cells[3].startswith("300 [") and cells[4] == "5"
+    assert cells[5].startswith("2761 ± 927 [1]") and cells[6].startswith("2383 ± 272 [2]")
+    assert "[1] Hopper-v2: best mean score over training evaluations, 3 seeds; nnabla-rl" in text
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+
+def test_bold_means_at_or_above_the_best_published(tmp_path):
+    fake(tmp_path / "runs" / "a", final=2762.0)
+    fake(tmp_path / "runs" / "b", final=2760.0, env_id="Walker2d-v5")
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "**2762**" in text and "| 2760 |" in text
+
+
+def test_versions_and_arguments_are_never_mixed(tmp_path):
+    """Another code or another argument is another row, and the row says which."""
+    fake(tmp_path / "runs" / "a", seed=1, final=100)
+    fake(tmp_path / "runs" / "b", seed=2, final=300, code="x = 2\n")
+    fake(tmp_path / "runs" / "c", seed=3, final=500, gamma=0.5)
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    rows = rows_of(text)[:3]
+    assert len(rows_of(text)) == 6  # each in both tables
+    assert all(f" {number} |" in "".join(rows) for number in (100, 300, 500))
+    assert sum("gamma=0.5" in row for row in rows) == 1
+    assert len({row.split("code ")[1][:8] for row in rows}) == 2
+    assert not any("±" in row.split("|")[2] for row in rows)
+
+
+def test_prose_and_neutral_arguments_do_not_split_a_row(tmp_path):
+    fake(tmp_path / "runs" / "a", seed=1, final=100, track=True)
+    fake(tmp_path / "runs" / "b", seed=2, final=300, track=False, code="x = 1  # why\n")
+    make(tmp_path / "runs", out=tmp_path / "out")
+    assert "200 ± 141" in rows_of((tmp_path / "out" / "report.md").read_text())[0]
+
+
+def test_unfinished_runs_are_shown(tmp_path):
+    fake(tmp_path / "runs" / "a", seed=1)
+    fake(tmp_path / "runs" / "b", seed=2, final=None)
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| 1 of 2 |" in rows_of(text)[0]
+    assert "seed 2: unfinished at step 500 of 1,000" in text
+
+
+def test_a_corrupt_line_is_named_and_the_rest_reported(tmp_path):
+    fake(tmp_path / "runs" / "a", seed=1)
+    bad = fake(tmp_path / "runs" / "b", seed=2) / "metrics.jsonl"
+    lines = bad.read_text().splitlines()
+    lines[3] = lines[3][:20]
+    bad.write_text("\n".join(lines) + "\n")
+    done = make(tmp_path / "runs", out=tmp_path / "out", code=1)
+    assert f"{bad} line 4 is corrupt" in done.stderr
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "metrics.jsonl line 4 is corrupt" in text and "| 1 |" in rows_of(text)[0]
+
+
+def test_a_repeated_run_counts_once(tmp_path):
+    fake(tmp_path / "runs" / "a", final=100)
+    fake(tmp_path / "runs" / "b", final=300)
+    done = make(tmp_path / "runs", out=tmp_path / "out", code=1)
+    assert "the same run as" in done.stderr
+    assert "| 100 |" in rows_of((tmp_path / "out" / "report.md").read_text())[0]
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "args torn", "script gone"])
+def test_folders_that_are_no_runs(tmp_path, what):
+    folder = tmp_path / "run"
+    if what in ("args torn", "script gone"):
+        fake(folder)
+        name = "args.json" if what == "args torn" else "ppo_continuous.py"
+        (folder / name).write_text("{") if what == "args torn" else (folder / name).unlink()
+        done = make(folder, out=tmp_path / "out", code=1)
+        assert done.stderr.startswith(f"not used: {folder}")
+    else:
+        if what == "empty":
+            folder.mkdir()
+        done = make(folder, out=tmp_path / "out", code=2)
+        said = "is not there" if what == "missing" else "holds no run"
+        assert done.stderr == f"error: {folder} {said}\n"
+        assert not (tmp_path / "out").exists()
+
+
+def test_normalised_scores_and_pairs(tmp_path):
+    """Two scripts on two environments: 0 is random, 1 the best published of any algorithm."""
+    known = results.references()
+    for env_id in ("Hopper-v5", "Walker2d-v5"):
+        zero = float(known["any", env_id, "random"]["mean"])
+        one = max(float(r["mean"]) for (_, e, w), r in known.items() if (e, w) == (env_id, "best"))
+        for seed in (1, 2, 3):
+            for script, score in (("ppo_continuous", 0.5), ("sac", 1.5)):
+                final = zero + score * (one - zero)
+                name, code = f"{script}.py", f"y = '{script}'\n"
+                folder = tmp_path / "runs" / f"{env_id}{seed}{script}"
+                fake(folder, env_id, seed, final, code, script=name)
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| `ppo_continuous.py` | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0% |" in text
+    assert "| `sac.py` | 1.50 [1.50, 1.50] | 1.50 [1.50, 1.50] | 100% |" in text
+    assert "| `ppo_continuous.py` | `sac.py` | 0.00 [0.00, 0.00] |" in text
+    assert (tmp_path / "out" / "profiles.png").exists()
+
+
+# ---- The committed results -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def collected(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    for seed in (1, 2):
+        results.collect(fake(tmp_path / f"run{seed}", seed=seed, final=100.0 * seed))
+    return tmp_path
+
+
+def test_collecting_is_reading(collected):
+    runs = results.load("ppo_continuous")
+    for seed, run in enumerate(runs, 1):
+        fresh = results.read_run(collected / f"run{seed}")
+        assert {key: run[key] for key in fresh} == fresh | {"curve": run["curve"]}
+        assert run["curve"] == [tuple(point) for point in fresh["curve"]]
+        assert run["hardware"] and run["eval"]["episodic_return"] == 100 * seed
+
+
+def test_older_code_is_marked(collected, monkeypatch):
+    (row,) = report.group(results.load("ppo_continuous"))
+    assert "(older code)" in report.table([row])
+    monkeypatch.setattr(report, "code_hash", lambda path: row.code)
+    assert "older code" not in report.table([row])
+
+
+def test_results_of_another_script_are_refused(collected):
+    meta = collected / "results" / "ppo_continuous" / "Hopper-v5" / "meta.json"
+    meta.write_text(meta.read_text().replace("ppo_continuous.py", "sac.py"))
+    with pytest.raises(ValueError, match=r"a run of sac\.py in the folder of ppo_continuous\.py"):
+        results.load("ppo_continuous")
+
+
+@pytest.mark.parametrize("what", ["curve gone", "meta torn", "curve torn"])
+def test_damaged_results_are_named(collected, what):
+    folder = collected / "results" / "ppo_continuous" / "Hopper-v5"
+    if what == "curve gone":
+        (folder / "2.csv").unlink()
+    elif what == "curve torn":
+        (folder / "2.csv").write_text("global_step,episodic_return\n12")
+    else:
+        (folder / "meta.json").write_text("{")
+    with pytest.raises(ValueError, match=r"Hopper-v5.meta\.json"):
+        results.load("ppo_continuous")
+
+
+def test_pictures_know_their_data(collected):
+    rows = report.group(results.load("ppo_continuous"))
+    report.draw_curves(rows, collected / "a.png")
+    Image = pytest.importorskip("PIL.Image")
+    before = Image.open(collected / "a.png").info["Data"]
+    assert before == report.data_hash(rows)
+    rows[0].runs[0]["curve"][0] = (10, 11.0)
+    assert before != report.data_hash(rows)
