@@ -137,9 +137,7 @@ class Args:
     learning_rate: float = 3e-4
     """Adam's step size at the start."""
     anneal_lr: bool = True
-    """Lower the learning rate linearly towards 0 (arXiv:2006.05990, section 3.7)."""
-    anneal_steps: Count = 3_000_000
-    """Environment steps over which it would reach 0; --total-timesteps, if that is more."""
+    """Lower the learning rate linearly to 0 at the end (arXiv:2006.05990, section 3.7)."""
     gamma: float = 0.99
     """Discount factor per environment step."""
     gae_lambda: float = 0.95
@@ -179,7 +177,7 @@ class Args:
         return self.num_envs * self.num_steps
 
     def __post_init__(self) -> None:
-        counts = "total_timesteps num_envs num_steps num_minibatches update_epochs anneal_steps"
+        counts = "total_timesteps num_envs num_steps num_minibatches update_epochs"
         require(self, f"{counts} eval_episodes torch_threads", lambda x: x >= 1, "at least 1")
         require(self, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
         require(self, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
@@ -550,7 +548,7 @@ def train(args: Args) -> None:
     obs = envs.obs
 
     while not run.finished:
-        remaining = 1 - run.global_step / max(args.anneal_steps, args.total_timesteps)
+        remaining = 1 - run.global_step / args.total_timesteps
         learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
 

@@ -29,6 +29,13 @@ pytest.importorskip("ray")
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
+def call(*words, **extra):
+    done = subprocess.run(
+        [*RAY, *words], env=environment(**extra), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def raylets(folder):
     """Process ids of the nodes' daemons, oldest first."""
     found = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True).stdout
@@ -38,17 +45,14 @@ def raylets(folder):
 
 @pytest.fixture
 def cluster(tmp_path):
-    """Two nodes with one core each. Yields (address, environment variables, folder)."""
+    """Two nodes with one core each, started as the README says. Yields (address, environment variables, folder)."""
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # paths of sockets have 107 characters
-        extra = {"HOME": short, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        extra = {"HOME": short, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
         port = 20_000 + os.getpid() % 20_000
         head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}/r"]
+        call("get-auth-token", "--generate", **extra)
         for words in (head, [f"--address=127.0.0.1:{port}"]):
-            command = [*RAY, "start", *words, "--num-cpus=1", "--disable-usage-stats"]
-            done = subprocess.run(
-                command, env=environment(**extra), capture_output=True, text=True, timeout=120
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
+            call("start", *words, "--num-cpus=1", "--disable-usage-stats", **extra)
         try:
             yield f"127.0.0.1:{port}", extra, short
         finally:
