@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 import tomllib
@@ -243,8 +244,11 @@ def run_on_ray(todo: list[Job], options: Options, stop: Stop, failed: dict[Job, 
     except ImportError:
         wrong("--engine ray needs Ray: pip install -r benchmark/requirements-cluster.txt")
     try:
+        host, _, port = (options.ray_address or "").rpartition(":")
+        if host and "/" not in host:  # Ray itself would go on trying for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(options.ray_address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         wrong(f"--ray-address {options.ray_address}: {error}")
 
     def task(root: str, job: dict, retries: int) -> str:  # travels whole, needs nothing installed
@@ -361,6 +365,12 @@ class Board:
             self.live.stop()
 
 
+def show(path: Path) -> Path:
+    """As the user would type it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def print_commands(planned: list[Job]) -> None:
     for job in planned:
         text = shlex.join(jobs.command(job, "python", relative=True))
@@ -395,11 +405,12 @@ def main() -> None:
         board.close()
     missing = [job for job in planned if jobs.status(job) != "complete"]
     for job in missing:
-        why = failed.get(job, "interrupted; its checkpoint is kept" if stop.signal else "not begun")
-        print(f"missing {job.name}: {why}\n        log: {os.path.relpath(job.log)}")
-    print(f"{len(planned) - len(missing)} of {len(planned)} complete in {planned[0].folder.parent}")
+        if job in failed or not stop.signal:
+            print(f"missing {job.name}: {failed.get(job, 'not begun')}; its log: {show(job.log)}")
+    complete, folder = len(planned) - len(missing), planned[0].folder.parent
+    print(f"{complete} of {len(planned)} complete in {show(folder)}")
     if stop.signal:
-        print("go on: the same command again")
+        print("stopped, with checkpoints; go on: the same command again")
         sys.exit(128 + stop.signal)
     sys.exit(1 if missing else 0)
 

@@ -45,7 +45,7 @@ def raylets(folder):
 
 @pytest.fixture
 def cluster(tmp_path):
-    """Two nodes with one core each, started as the README says. Yields (address, environment variables, folder)."""
+    """Two nodes with one core each. Yields (address, environment variables, folder)."""
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # paths of sockets have 107 characters
         extra = {"HOME": short, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
         port = 20_000 + os.getpid() % 20_000

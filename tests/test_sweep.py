@@ -1,8 +1,10 @@
 """Sweeps: nothing is lost and nothing is run twice, whatever is killed."""
 
+import contextlib
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -303,3 +305,37 @@ def test_incomplete_runs_are_resumed(tmp_path, finished, what):
     sweep(suite(tmp_path, seeds=(1,)), "--run-root", tmp_path / "r")
     lost = len(whole) - 1 if what == "no metrics" else 0  # only the evaluation comes back
     assert without_times(metrics(folder)) == without_times(whole)[lost:]
+
+
+def test_the_live_table(tmp_path):
+    """In a terminal: a table with every state, and the summary after it."""
+    pty = pytest.importorskip("pty")
+    path, root = suite(tmp_path, steps=20_000), tmp_path / "r"
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen(
+        words(path, "--run-root", root, "--workers", 1),
+        stdout=theirs,
+        stderr=theirs,
+        cwd=ROOT,
+        env=environment(TERM="xterm", COLUMNS="120", LINES="30"),
+    )
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # Linux: the other end is closed
+        while part := os.read(ours, 65536):
+            output += part
+    os.close(ours)
+    assert running.wait() == 0, output.decode()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())  # colours, cursor movements
+    assert "1 running, 1 queued, 0 failed" in text and "2 of 2 complete" in text
+    assert re.search(r"Pendulum-v1__ppo_continuous__1 +running +\d+% +[\d,]+/s +-\d+", text)
+
+
+def test_tracked_jobs_are_grouped(tmp_path):
+    """wandb draws mean and spread of a group: one for each script and environment."""
+    root = tmp_path / "r"
+    sweep(suite(tmp_path, seeds=(1,)), "--run-root", root, "--track", WANDB_MODE="offline")
+    (file,) = root.glob("*/wandb/offline-run-*/*.wandb")
+    assert b"ppo_continuous__Pendulum-v1" in file.read_bytes()
+    begun = sweep(suite(tmp_path, seeds=(1,)), "--run-root", root, WANDB_MODE="offline")
+    assert "1 complete" in begun.stdout  # with or without --track it is the same run
