@@ -198,13 +198,13 @@ def unfinished(rows: list[Row]) -> str:
 def normalised(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
     """script -> environment -> scores of its runs: 0 is random, 1 the best published of any script.
 
-    Rows of older code or with others beside them are left out: they are several configurations.
+    Where a script has several rows of one environment, none of them counts: which would be it?
     """
     scores: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     known = references()
     for row in rows:
-        best = [float(r["mean"]) for (_, env, what), r in known.items()
-                if env == row.env_id and what == "best"]  # fmt: skip
+        keys = [key for key in known if key[1:] == (row.env_id, "best")]
+        best = [float(known[key]["mean"]) for key in keys]
         floor = known.get(("any", row.env_id, "random"))
         if best and floor and row.done and not row.note:
             zero = float(floor["mean"])
@@ -237,6 +237,9 @@ def aggregates(rows: list[Row]) -> str:
             cells.append(f"{statistic(np.concatenate(parts)):.2f} [{low:.2f}, {high:.2f}]")
         share = np.mean([(x >= 1).mean() for x in parts])
         lines.append(f"| `{script}.py` | {cells[0]} | {cells[1]} | {share:.0%} |")
+    several = dict.fromkeys(f"{row.env_id} of {row.script}.py" for row in rows if row.note)
+    if several:
+        lines += ["", f"Left out, as there are several rows: {', '.join(several)}."]
     pairs = [(a, b) for a in scores for b in scores if a < b]
     if pairs:
         lines += ["", "| X | Y | P(a run of X beats one of Y) [95 % interval] |", "|---|---|---|"]
@@ -256,7 +259,7 @@ def data_hash(rows: list[Row]) -> str:
         [r["label"], r["env_id"], r["algorithm"], r["mean"]] for r in references().values()
     ]
     for row in rows:
-        shown.append([row.script, row.env_id, row.note])
+        shown.append([row.script, row.env_id, row.label])
         shown += [[run["args"]["seed"], run["eval"], run["curve"]] for run in row.runs]
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 

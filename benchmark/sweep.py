@@ -401,8 +401,12 @@ def main() -> None:
     try:
         for _ in engine(todo, options, stop, failed):
             board.draw()
-    finally:
+    except OSError as error:  # a full or read-only disk
         board.close()
+        wrong(
+            f"--run-root {show(planned[0].folder.parent)}: {error}: make room, then the same again"
+        )
+    board.close()
     missing = [job for job in planned if jobs.status(job) != "complete"]
     for job in missing:
         if job in failed or not stop.signal:

@@ -168,6 +168,13 @@ def test_mistakes_are_refused_before_anything_starts(tmp_path, arguments, said):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_run_root_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = sweep(suite(tmp_path), "--run-root", tmp_path / "file" / "r", code=2)
+    assert done.stderr.splitlines()[-1].startswith("error: --run-root ")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_suites_that_come_with_it_are_sound():
     for path in sorted((ROOT / "benchmark" / "suites").glob("*.toml")):
         here = {p.stem for p in ROOT.glob("*.py")}
