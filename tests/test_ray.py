@@ -74,7 +74,7 @@ def test_a_node_is_killed_and_every_job_completes(tmp_path, cluster):
     running = begin(path, "--run-root", rough, "--engine", "ray", "--ray-address", address, **extra)
     wait_for(lambda: len(folders(rough)) >= 2 and all(map(step, folders(rough))))
     os.kill(nodes[1], signal.SIGKILL)
-    output, _ = running.communicate(timeout=400)
+    output, _ = running.communicate(timeout=900)
     assert running.returncode == 0, output
     assert f"{JOBS} of {JOBS} complete" in output
     assert sum(starts(rough).values()) > JOBS, "the killed node ran nothing"

@@ -201,7 +201,7 @@ def test_kill_9_of_the_sweep_and_of_jobs(tmp_path):
     time.sleep(3)
     for pid in processes(rough):
         os.kill(pid, signal.SIGKILL)
-    output, _ = running.communicate(timeout=300)
+    output, _ = running.communicate(timeout=900)
     assert running.returncode == 0, output
     assert f"{JOBS} of {JOBS} complete" in output
     assert sum(starts(rough).values()) > JOBS
@@ -294,7 +294,9 @@ def test_another_run_in_the_folder_is_kept_aside(tmp_path, finished, what):
     assert "1 of 1 complete" in done.stdout
 
 
-@pytest.mark.parametrize("what", ["no evaluation", "torn line", "no metrics", "no checkpoint"])
+@pytest.mark.parametrize(
+    "what", ["no evaluation", "torn line", "no metrics", "no checkpoint", "early evaluation"]
+)
 def test_incomplete_runs_are_resumed(tmp_path, finished, what):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (folder,) = folders(tmp_path / "r")
@@ -307,7 +309,8 @@ def test_incomplete_runs_are_resumed(tmp_path, finished, what):
     elif what == "no metrics":
         path.unlink()
     else:
-        path.write_text("".join(lines[:2]))
+        early = json.dumps(json.loads(lines[-1]) | {"global_step": 256}) + "\n"
+        path.write_text("".join(lines[:2]) + (early if what == "early evaluation" else ""))
         (folder / "checkpoint.pt").unlink()
     sweep(suite(tmp_path, seeds=(1,)), "--run-root", tmp_path / "r")
     lost = len(whole) - 1 if what == "no metrics" else 0  # only the evaluation comes back
