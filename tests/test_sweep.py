@@ -224,6 +224,19 @@ def test_a_signal_lets_the_jobs_checkpoint(tmp_path, number, code):
     assert all("--resume" in line for line in printed)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
+def test_jobs_follow_a_killed_sweep(tmp_path):
+    """They checkpoint and end, and do not go on unseen."""
+    path, root = suite(tmp_path, seeds=(1,), steps=10_000_000), tmp_path / "r"
+    running = begin(path, "--run-root", root)
+    wait_for(lambda: any(map(step, folders(root))))
+    running.kill()
+    running.communicate()
+    wait_for(lambda: not processes(root), 30)
+    (folder,) = folders(root)
+    assert 0 < checkpoint(folder)["global_step"] < 10_000_000
+
+
 def test_two_sweeps_at_once_share_the_work(tmp_path):
     path, root = suite(tmp_path, seeds=(1, 2, 3, 4), steps=2048), tmp_path / "r"
     both = [begin(path, "--run-root", root, "--workers", 1) for _ in range(2)]
