@@ -194,6 +194,9 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.listen()
+
+    def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.set)
 
@@ -248,6 +251,7 @@ def run_on_ray(todo: list[Job], options: Options, stop: Stop, failed: dict[Job, 
         if host and "/" not in host:  # Ray itself would go on trying for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(options.ray_address, log_to_driver=False, logging_level="ERROR")
+        stop.listen()  # Ray has taken SIGTERM
     except (OSError, RuntimeError, ValueError) as error:
         wrong(f"--ray-address {options.ray_address}: {error}")
 

@@ -81,15 +81,16 @@ def test_a_node_is_killed_and_every_job_completes(tmp_path, cluster):
     assert_same_runs(calm, rough)
 
 
-def test_ctrl_c_stops_the_jobs_of_a_cluster(tmp_path, cluster):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_jobs_of_a_cluster(tmp_path, cluster, number, code):
     address, extra, _ = cluster
     path, root = suite(tmp_path, steps=200_000), tmp_path / "r"
     words = ["--engine", "ray", "--ray-address", address]
     running = begin(path, "--run-root", root, *words, **extra)
     wait_for(lambda: len(folders(root)) == 2 and all(map(step, folders(root))))
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     output, _ = running.communicate(timeout=100)
-    assert running.returncode == 130, output
+    assert running.returncode == code, output
     assert all(Path(folder, "checkpoint.pt").exists() for folder in folders(root))
 
 
