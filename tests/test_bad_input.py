@@ -75,7 +75,7 @@ def test_bad_arguments(script, arguments, says, tmp_path):
         ("--num-minibatches 7", ["--num-minibatches", "divisor", "128"]),
         ("--num-minibatches 256", ["--num-minibatches"]),
         ("--num-steps 0", ["--num-steps"]),
-        ("--policy-objective kl-penalty", ["--target-kl"]),
+        ("--policy-objective kl-penalty --target-kl None", ["--target-kl"]),
         ("--target-kl -1", ["--target-kl"]),
         ("--kl-coef 0", ["--kl-coef", "above 0"]),
         ("--policy-objective nonsense", ["clip"]),
