@@ -11,6 +11,7 @@ import hashlib
 import json
 import statistics
 import sys
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -43,6 +44,7 @@ BEGIN, END = "<!-- results: python -m benchmark.report -->", "<!-- end of result
 # Okabe and Ito's colours, told apart by everybody; black and grey are for other people's results
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 BLACK, GREY = "#000000", "#777777"
+SUITES = ROOT / "benchmark" / "suites"
 
 
 # ---- Runs that belong together -------------------------------------------------------------------
@@ -212,6 +214,17 @@ def normalised(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
     return dict(scores)
 
 
+def families(rows: list[Row]) -> list[list[Row]]:
+    """The rows in parts whose environments a suite runs together: scores compare within them."""
+    suites = [path for path in sorted(SUITES.glob("*.toml")) if path.stem != "smoke"]
+    runs = [part for path in suites for part in tomllib.loads(path.read_text())["runs"]]
+    found, rest = [], rows
+    for part in runs:
+        found.append([row for row in rest if row.env_id in part["env_ids"]])
+        rest = [row for row in rest if row.env_id not in part["env_ids"]]
+    return [part for part in [*found, rest] if part]
+
+
 def common(scores: dict[str, dict]) -> list[str]:
     """The environments that every script has."""
     return sorted(set.intersection(*(set(envs) for envs in scores.values())))
@@ -332,27 +345,33 @@ def draw_curves(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_profile(rows: list[Row], path: Path) -> None:
-    """Performance profiles: the share of runs above each normalised score."""
+def draw_profiles(rows: list[Row], path: Path) -> None:
+    """Performance profiles: the share of runs above each normalised score, a panel a family."""
     plt = pyplot()
-    scores = normalised(rows)
-    shared = common(scores)
-    thresholds = np.linspace(0, 2, 201)
-    figure, axis = plt.subplots(figsize=(6, 3.6))
-    for place, (script, envs) in enumerate(scores.items()):
-        parts = [envs[env_id] for env_id in shared]
-        color = COLORS[place % len(COLORS)]
-        profile = stats.performance_profile(parts, thresholds)
-        axis.plot(thresholds, profile, color=color, linewidth=1.8, label=f"{script}.py")
-        low, high = stats.profile_band(parts, thresholds)
-        axis.fill_between(thresholds, low, high, color=color, alpha=0.2, lw=0)
-    axis.axvline(1, color=BLACK, linestyle="--", linewidth=1, label="best published")
-    axis.set_xlabel("normalised score (0: random actions, 1: best published)")
-    axis.set_ylabel("share of runs above the score")
-    axis.set(xlim=(0, 2), ylim=(0, 1.02))
-    axis.grid(alpha=0.25)
+    panels = [family for family in families(rows) if aggregates(family)]
+    names = list(dict.fromkeys(row.script for family in panels for row in family))
+    thresholds, shown = np.linspace(0, 2, 201), {}
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 3.6), squeeze=False)
+    for axis, family in zip(axes.flat, panels, strict=True):
+        scores = normalised(family)
+        shared = common(scores)
+        for script, envs in scores.items():
+            parts = [envs[env_id] for env_id in shared]
+            color = COLORS[names.index(script) % len(COLORS)]
+            profile = stats.performance_profile(parts, thresholds)
+            line = axis.plot(thresholds, profile, color=color, linewidth=1.8)[0]
+            shown.setdefault(f"{script}.py", line)
+            low, high = stats.profile_band(parts, thresholds)
+            axis.fill_between(thresholds, low, high, color=color, alpha=0.2, lw=0)
+        line = axis.axvline(1, color=BLACK, linestyle="--", linewidth=1)
+        axis.set_title(f"{shared[0]} to {shared[-1]}: {len(shared)} environments", fontsize=10)
+        axis.set_xlabel("normalised score (0: random actions, 1: best published)")
+        axis.set(xlim=(0, 2), ylim=(0, 1.02))
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("share of runs above the score")
+    shown["best published"] = line
     figure.tight_layout(rect=(0, 0.1, 1, 1))
-    figure.legend(loc="lower center", ncols=4, frameon=False)
+    figure.legend(shown.values(), shown.keys(), loc="lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Data": data_hash(rows), "Software": None})
     plt.close(figure)
 
@@ -375,8 +394,8 @@ def readme_with_results() -> str:
         image = f"![Learning curves of {script}.py](benchmark/results/{script}.png)"
         parts += [table(rows), unfinished(rows), image, "", each_run(rows)]
         everything += rows
-    if over := aggregates(everything):
-        parts += [over, "![Performance profiles](benchmark/results/profiles.png)"]
+    if over := [text for family in families(everything) if (text := aggregates(family))]:
+        parts += [*over, "![Performance profiles](benchmark/results/profiles.png)"]
     return before + BEGIN + "\n\n" + "\n".join(part for part in parts) + "\n\n" + END + after
 
 
@@ -385,8 +404,8 @@ def write_readme() -> None:
     for script, rows in found.items():
         draw_curves(rows, RESULTS / f"{script}.png")
     everything = [row for rows in found.values() for row in rows]
-    if aggregates(everything):
-        draw_profile(everything, RESULTS / "profiles.png")
+    if any(map(aggregates, families(everything))):
+        draw_profiles(everything, RESULTS / "profiles.png")
     (ROOT / "README.md").write_text(readme_with_results())
 
 
@@ -412,9 +431,9 @@ def write_report(paths: list[Path], out: Path) -> list[str]:
     if any(run["curve"] for run in runs):
         draw_curves(rows, out / "curves.png")
         parts += ["![Learning curves](curves.png)\n"]
-    if over := aggregates(rows):
-        draw_profile(rows, out / "profiles.png")
-        parts += [over, "![Performance profiles](profiles.png)"]
+    if over := [text for family in families(rows) if (text := aggregates(family))]:
+        draw_profiles(rows, out / "profiles.png")
+        parts += [*over, "![Performance profiles](profiles.png)"]
     (out / "report.md").write_text("\n".join(parts) + "\n")
     return problems
 

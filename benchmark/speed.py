@@ -1,11 +1,11 @@
-"""Training speed: beside a peer's, against --num-envs, and with several jobs at once.
+"""Training speed: beside a peer's, against --num-envs, with several jobs at once; the sum tree's.
 
-    python -m benchmark.speed                 all three, as Markdown tables
-    python -m benchmark.speed peers envs workers
+    python -m benchmark.speed                 all of them, as Markdown
+    python -m benchmark.speed peers envs workers tree
 
 Beside a peer: same work, same machine, one thread, alternating runs; the median over the pairs.
 The first iterations (imports, compilation, warm-up) are left out on both sides. Nothing else should
-run on the machine.
+run on the machine. --only DQN measures the rows with that in their name.
 """
 
 import argparse
@@ -15,22 +15,52 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV_ID, TOTAL, WARM_UP = "HalfCheetah-v5", 81_920, 20_480
-PPO = f"""--env-id {ENV_ID} --total-timesteps {TOTAL} --num-envs 8 --num-steps 256
---update-epochs 10 --num-minibatches 32 --no-recompute-advantages --target-kl None
---checkpoint-frequency 0 --eval-episodes 1"""
-ROWS = {  # name -> (script, its arguments, the peer's script)
-    "PPO": ("ppo_continuous.py", PPO, "sb3_ppo.py"),
-    "PPO, --compile": ("ppo_continuous.py", PPO + " --compile", "sb3_ppo.py"),
+
+
+class Row(NamedTuple):
+    """The same work for a script and a peer; the first warm_up of total steps are not measured."""
+
+    script: str
+    arguments: str
+    peer: str
+    env_id: str
+    total: int
+    warm_up: int
+
+
+PPO = """--num-envs 8 --num-steps 256 --update-epochs 10 --num-minibatches 32
+--no-recompute-advantages --target-kl None"""
+DQN = """--train-frequency 10 --batch-size 128 --buffer-size 10000 --learning-starts 10000
+--target-frequency 500 --tau 1 --learning-rate 2.5e-4 --exploration-steps 30000
+--epsilon-end 0.05"""
+PONG = """--train-frequency 4 --batch-size 32 --buffer-size 10000 --learning-starts 1000
+--target-frequency 1000 --optimizer adam --learning-rate 1e-4 --epsilon-start 0.1
+--epsilon-end 0.1 --device cpu"""
+CHEETAH = ("sb3_ppo.py", "HalfCheetah-v5", 81_920, 20_480)
+CARTPOLE, ATARI = (
+    ("sb3_dqn.py", "CartPole-v1", 60_000, 20_000),
+    ("sb3_dqn.py", "ALE/Pong-v5", 5000, 2000),
+)
+ROWS = {
+    "PPO, HalfCheetah": Row("ppo_continuous.py", PPO, *CHEETAH),
+    "PPO, HalfCheetah, --compile": Row("ppo_continuous.py", PPO + " --compile", *CHEETAH),
+    "DQN, CartPole": Row("dqn.py", DQN, *CARTPOLE),
+    "DQN, CartPole, --compile": Row("dqn.py", DQN + " --compile", *CARTPOLE),
+    "DQN, Pong": Row("dqn.py", PONG, *ATARI),
 }
+WORK = """PPO: 8 environments x 256 steps, 10 epochs, minibatches of 64, 64-64 tanh networks,
+observations and rewards normalised, advantages computed once a rollout. DQN, CartPole: a gradient
+step on 128 transitions every 10 steps, 120-84 network. DQN, Pong: one on 32 every 4 steps of 4
+frames, network of Mnih et al. 2015, Adam."""
 
 
-SCALING = {  # script -> its arguments in the tables about scaling
-    "ppo_continuous.py": f"--env-id {ENV_ID} --total-timesteps {TOTAL} --checkpoint-frequency 0"
-    " --eval-episodes 1",
+SCALING = {  # script -> its work in the tables about scaling
+    "ppo_continuous.py": Row("ppo_continuous.py", "", *CHEETAH),
 }
 NUM_ENVS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -50,88 +80,118 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def our_speeds(script: str, arguments: str, copies: int = 1) -> list[float]:
+def our_speeds(row: Row, more: str = "", copies: int = 1) -> list[float]:
     """Steps per second after the warm-up, from the runs' own metrics; logging is in it."""
+    arguments = f"--env-id {row.env_id} --total-timesteps {row.total} {row.arguments} {more}"
+    arguments += " --checkpoint-frequency 0 --eval-episodes 1 --run-dir"
     with tempfile.TemporaryDirectory() as folder:
         runs = [Path(folder, str(number)) for number in range(copies)]
-        words = [sys.executable, script, *arguments.split(), "--run-dir"]
+        words = [sys.executable, row.script, *arguments.split()]
         for process in [start(*words, str(run)) for run in runs]:
             finish(process)
         speeds = []
         for run in runs:
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            first = next(line for line in lines if line["global_step"] >= WARM_UP)
+            first = next(line for line in lines if line["global_step"] >= row.warm_up)
             last = [line for line in lines if "charts/SPS" in line][-1]  # before the evaluation
             seconds = last["wall_time"] - first["wall_time"]
             speeds.append((last["global_step"] - first["global_step"]) / seconds)
     return speeds
 
 
-def peer_speed(peer: str) -> float:
-    words = [sys.executable, f"benchmark/peers/{peer}", ENV_ID, str(TOTAL), str(WARM_UP)]
-    return float(finish(start(*words)))
+def peer_speed(row: Row) -> float:
+    words = [f"benchmark/peers/{row.peer}", row.env_id, str(row.total), str(row.warm_up)]
+    return float(finish(start(sys.executable, *words)))
 
 
-def peers(pairs: int) -> None:
+def peers(pairs: int, only: str) -> None:
     """The same work as a peer does, in alternating runs."""
-    print(f"{ENV_ID}, 8 environments x 256 steps, 10 epochs, minibatches of 64, 64-64 tanh")
-    print("networks, observations and rewards normalised, advantages computed once a rollout,")
-    print(f"one thread, median of {pairs} alternating pairs.\n")
+    print(f"{WORK} One thread, median of {pairs} alternating pairs.\n")
     print("| | our steps/s | Stable-Baselines3 steps/s | ratio (smallest to largest) |")
     print("|---|---|---|---|")
-    for name, (script, arguments, peer) in ROWS.items():
-        measured = [(our_speeds(script, arguments)[0], peer_speed(peer)) for _ in range(pairs)]
+    for name, row in ROWS.items():
+        if only not in name:
+            continue
+        measured = [(our_speeds(row)[0], peer_speed(row)) for _ in range(pairs)]
         ratios = sorted(ours / theirs for ours, theirs in measured)
         ours, theirs = (statistics.median(side) for side in zip(*measured, strict=True))
         spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {spread} |", flush=True)
 
 
-def envs(pairs: int) -> None:
+def envs(pairs: int, only: str) -> None:
     """Steps per second against the number of environments of one process."""
-    print(f"{ENV_ID}, defaults but for `--num-envs` and `--num-steps`, whose product stays 2048;")
+    print(
+        "HalfCheetah-v5, defaults but for `--num-envs` and `--num-steps`, whose product stays 2048;"
+    )
     print(f"one thread, median of {pairs} rounds over all rows.\n")
     print("| script | --num-envs | steps/s | beside 1 environment |")
     print("|---|---|---|---|")
-    measured = {(script, count): [] for script in SCALING for count in NUM_ENVS}
+    measured = {(script, count): [] for script in SCALING if only in script for count in NUM_ENVS}
     for _ in range(pairs):
         for script, count in measured:
             more = f" --num-envs {count} --num-steps {2048 // count}"
-            measured[script, count] += our_speeds(script, SCALING[script] + more)
+            measured[script, count] += our_speeds(SCALING[script], more)
     for (script, count), speeds in measured.items():
         speed, one = statistics.median(speeds), statistics.median(measured[script, 1])
         print(f"| `{script}` | {count} | {speed:,.0f} | {speed / one:.2f} |", flush=True)
 
 
-def workers(pairs: int) -> None:
+def workers(pairs: int, only: str) -> None:
     """Steps per second of all jobs together against the number of jobs."""
     cores = os.cpu_count() or 1
     counts = sorted({1, 2, 4, 8, 16, 32, 64, cores} & set(range(1, cores + 1)))
-    print(f"{ENV_ID}, defaults, {cores} cores: jobs at once, as a sweep runs them;")
+    print(f"HalfCheetah-v5, defaults, {cores} cores: jobs at once, as a sweep runs them;")
     print(f"median of {pairs} rounds over all rows.\n")
     print("| script | jobs at once | steps/s of all together | of the ideal |")
     print("|---|---|---|---|")
-    measured = {(script, count): [] for script in SCALING for count in counts}
+    measured = {(script, count): [] for script in SCALING if only in script for count in counts}
     for _ in range(pairs):
         for script, count in measured:
-            measured[script, count].append(sum(our_speeds(script, SCALING[script], count)))
+            measured[script, count].append(sum(our_speeds(SCALING[script], copies=count)))
     for (script, count), speeds in measured.items():
         speed, one = statistics.median(speeds), statistics.median(measured[script, 1])
         share = speed / one / count
         print(f"| `{script}` | {count} | {speed:,.0f} | {share:.0%} |", flush=True)
 
 
+def tree(pairs: int, only: str) -> None:
+    """Microseconds to draw a batch from a million priorities, and to change them."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+
+    from double_dqn_per import SumTree
+
+    size, batch, repeats = 1_000_000, 32, 2000
+    numbers, times = SumTree(size), []
+    numbers.leaves[:size] = np.random.default_rng(0).exponential(size=size)
+    first = np.arange(0, size, SumTree.WIDTH)  # one of each node renews the sums
+    numbers.update(first, numbers.leaves[first])
+    for _ in range(pairs):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            sums = (np.arange(batch) + np.random.random(batch)) / batch * numbers.levels[0].sum()
+            indices = numbers.find(sums)
+            numbers.update(indices, np.random.random(batch))
+        times.append((time.perf_counter() - begin) / repeats * 1e6)
+    print(
+        f"Sum tree of {size:,} priorities: {statistics.median(times):.0f} microseconds to draw and"
+    )
+    print(f"change {batch}; median of {pairs} rounds of {repeats:,}.")
+
+
 def main() -> None:
-    tables = {"peers": peers, "envs": envs, "workers": workers}
+    tables = {"peers": peers, "envs": envs, "workers": workers, "tree": tree}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", help=", ".join(tables) + "; all by default")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each row")
+    parser.add_argument("--only", default="", help="rows with this in their name, such as DQN")
     options = parser.parse_args()
     if unknown := set(options.tables) - tables.keys():
         parser.error(f"no table {', '.join(unknown)}: there are {', '.join(tables)}")
     for number, name in enumerate(options.tables or tables):
         print() if number else None
-        tables[name](options.pairs)
+        tables[name](options.pairs, options.only)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 QUICK = {
     "ppo_continuous": "--env-id Pendulum-v1 --num-envs 2 --num-steps 64 --num-minibatches 4 "
     "--update-epochs 2 --total-timesteps 512 --eval-episodes 2",
+    "dqn": "--env-id CartPole-v1 --num-envs 2 --log-frequency 128 --learning-starts 64 "
+    "--buffer-size 400 --batch-size 16 --total-timesteps 512 --eval-episodes 2",
 }
+QUICK["double_dqn_per"] = QUICK["dqn"]
+DISCRETE = {"dqn", "double_dqn_per"}  # scripts whose actions are numbers
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(TESTS))  # so that gymnasium finds "probes:Name-v0"
@@ -28,6 +32,16 @@ def environ(**extra):
     """This process's environment, with the probes importable and no wandb account."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     return clean | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | extra
+
+
+def env_id(script):
+    """An environment whose episodes end soon."""
+    return "CartPole-v1" if script in DISCRETE else "InvertedPendulum-v5"
+
+
+def probe(script, name):
+    """A probe with actions that the script can handle."""
+    return f"probes:{'Discrete' if script in DISCRETE else ''}{name}-v0"
 
 
 def command(script, *arguments, quick=True):

@@ -5,7 +5,7 @@ import pathlib
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict
+from gymnasium.spaces import Box, Dict, Discrete
 
 
 class Probe(gym.Env):
@@ -235,6 +235,26 @@ class Drawn(Probe):
         return np.full((64, 64, 3), self.steps, np.uint8)
 
 
+class Fifty(Probe):
+    length = 50
+
+
+class Hundred(Probe):
+    """Reward 100."""
+
+    def reward(self, action):
+        return 100.0
+
+
+class Choice(ObservedValue):
+    """Actions -1, 0 and 1; the best is the one that equals the observation."""
+
+    action_space = Discrete(3, start=-1)
+
+    def reward(self, action):
+        return -float(abs(action - self.value))
+
+
 for probe in [
     Probe,
     *Probe.__subclasses__(),
@@ -243,5 +263,8 @@ for probe in [
     Meddling,
     Breaking,
     CrashingOnce,
+    Choice,
 ]:
     gym.register(f"{probe.__name__}-v0", probe, disable_env_checker=True)
+    discrete = type(f"Discrete{probe.__name__}", (probe,), {"action_space": Discrete(2)})
+    gym.register(f"{discrete.__name__}-v0", discrete, disable_env_checker=True)

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import checkpoint, command, environ, metrics, run
+from conftest import checkpoint, command, environ, load, metrics, probe, run
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def refuse(script, *arguments, quick=True, says=(), **extra):
     [
         ("--env-id Nothing-v0", ["error: --env-id Nothing-v0"]),
         ("--env-id nomodule:Nothing-v0", ["error: --env-id nomodule:Nothing-v0"]),
-        ("--env-id probes:Picture-v0", ["error: --env-id", "Picture"]),
+        ("--env-id PROBE:Picture", ["error: --env-id", "Picture"]),
         ("--num-envs 0", ["--num-envs", "at least 1", "0"]),
         ("--num-envs -3", ["--num-envs", "-3"]),
         ("--total-timesteps 0", ["--total-timesteps"]),
@@ -59,10 +59,13 @@ def refuse(script, *arguments, quick=True, says=(), **extra):
         ("--eval-episodes 0", ["--eval-episodes"]),
         ("--checkpoint-frequency -1", ["--checkpoint-frequency"]),
         ("--totl-timesteps 5", ["--total-timesteps"]),
-        ("--env-id probes:Probe-v0 --capture-video", ["--capture-video", "rendered"]),
+        ("--env-id PROBE:Probe --capture-video", ["--capture-video", "rendered"]),
     ],
 )
 def test_bad_arguments(script, arguments, says, tmp_path):
+    if "PROBE:" in arguments:
+        name = arguments.split("PROBE:")[1].split()[0]
+        arguments = arguments.replace(f"PROBE:{name}", probe(script, name))
     says = ["error: --capture-video"] if "--capture-video" in arguments else says
     refuse(script, *arguments.split(), "--run-dir", tmp_path / "r", says=says)
     assert not list(tmp_path.iterdir())
@@ -114,7 +117,8 @@ def test_resuming_with_other_arguments(script, finished):
         flag = str(arguments[0])
         refuse(script, "--resume", folder, *arguments, quick=False, says=["error:", flag])
     # the default value, given, is refused too where the run has another
-    refuse(script, "--resume", folder, "--env-id", "HalfCheetah-v5", quick=False, says=["--env-id"])
+    default = load(script).Args().num_envs
+    refuse(script, "--resume", folder, "--num-envs", default, quick=False, says=["--num-envs"])
     refuse(script, "--evaluate", folder, "--gamma", 0.5, quick=False, says=["--gamma"])
 
 
@@ -210,7 +214,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(script, copied):
 
 def test_a_nan_stops_the_run_before_it_is_saved(script, tmp_path):
     """Exit code 3, the step named, and the last checkpoint still good."""
-    arguments = ["--env-id", "probes:BadReward-v0", "--total-timesteps", 4096]
+    arguments = ["--env-id", probe(script, "BadReward"), "--total-timesteps", 4096]
     folder = tmp_path / "r"
     done = run(script, *arguments, "--run-dir", folder, "--checkpoint-frequency", 128, code=3)
     assert "not finite at step" in done.stderr and "Traceback" not in done.stderr
@@ -221,7 +225,7 @@ def test_a_nan_stops_the_run_before_it_is_saved(script, tmp_path):
 
 
 def test_an_environments_own_error_keeps_its_traceback(script, tmp_path):
-    done = run(script, "--env-id", "probes:Crashing-v0", "--run-dir", tmp_path / "r", code=1)
+    done = run(script, "--env-id", probe(script, "Crashing"), "--run-dir", tmp_path / "r", code=1)
     assert "Traceback" in done.stderr and "the simulator fell over" in done.stderr
 
 

@@ -223,6 +223,22 @@ def test_normalised_scores_and_pairs(tmp_path):
     assert (tmp_path / "out" / "profiles.png").exists()
 
 
+def test_scores_are_compared_within_a_kind_of_environments(tmp_path):
+    """Scripts that share no environment: each kind has numbers of its own."""
+    for script, env_ids in (
+        ("ppo_continuous", ("Hopper-v5", "Reacher-v5")),
+        ("dqn", ("Acrobot-v1", "LunarLander-v3")),
+    ):
+        for env_id in env_ids:
+            folder = tmp_path / "runs" / f"{env_id}{script}"
+            fake(folder, env_id, 1, 1.0, f"y = '{script}'\n", script=f"{script}.py")
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Over 2 environments (Hopper-v5, Reacher-v5)" in text
+    assert "Over 2 environments (Acrobot-v1, LunarLander-v3)" in text
+    assert "beats one of Y" not in text
+
+
 # ---- The committed results -----------------------------------------------------------------------
 
 

@@ -7,15 +7,21 @@ import subprocess
 import time
 
 import pytest
-from conftest import checkpoint, command, environ, metrics, run, same, without_times
+from conftest import checkpoint, command, env_id, environ, metrics, run, same, without_times
 
 KILLS = int(os.environ.get("KILLS", 3))  # more on request: KILLS=20 python -m pytest -k instant
-LONG = ["--total-timesteps", 3072, "--checkpoint-frequency", 256, "--env-id", "InvertedPendulum-v5"]
+LONG = ["--total-timesteps", 3072, "--checkpoint-frequency", 256]
+RARE = ["--total-timesteps", 3072, "--checkpoint-frequency", 0]
+HUGE = {  # an iteration that takes for ever
+    "ppo_continuous": ["--num-steps", 2**16, "--num-minibatches", 1],
+    "dqn": ["--log-frequency", 10**7],
+    "double_dqn_per": ["--log-frequency", 10**7],
+}
 
 
 def start(script, *arguments, quick=True):
     return subprocess.Popen(
-        command(script, *arguments, quick=quick),
+        command(script, *arguments, *(["--env-id", env_id(script)] if quick else []), quick=quick),
         env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -40,7 +46,7 @@ def undisturbed(tmp_path_factory):
     def get(script):
         if script not in runs:
             runs[script] = tmp_path_factory.mktemp(script) / "undisturbed"
-            run(script, "--run-dir", runs[script], *LONG)
+            run(script, "--run-dir", runs[script], *LONG, "--env-id", env_id(script))
         return runs[script]
 
     return get
@@ -83,7 +89,7 @@ def test_killed_again_and_again(script, undisturbed, tmp_path):
 
 def test_killed_before_the_first_checkpoint(script, undisturbed, tmp_path):
     folder = tmp_path / "early"
-    process = start(script, "--run-dir", folder, *LONG[:2], "--checkpoint-frequency", 0, *LONG[4:])
+    process = start(script, "--run-dir", folder, *RARE)
     wait_for_step(process, folder, 128)
     process.kill()
     process.communicate()
@@ -95,7 +101,7 @@ def test_killed_before_the_first_checkpoint(script, undisturbed, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_checkpoint_and_say_how_to_go_on(script, undisturbed, tmp_path, number):
     folder = tmp_path / "stopped"
-    process = start(script, "--run-dir", folder, *LONG[:2], "--checkpoint-frequency", 0, *LONG[4:])
+    process = start(script, "--run-dir", folder, *RARE)
     wait_for_step(process, folder, 256)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -109,7 +115,7 @@ def test_signals_checkpoint_and_say_how_to_go_on(script, undisturbed, tmp_path, 
 
 def test_a_second_signal_ends_at_once(script, tmp_path):
     folder = tmp_path / "stopped"
-    huge = ["--total-timesteps", 10**7, "--num-steps", 2**16, "--num-minibatches", 1]
+    huge = ["--total-timesteps", 10**7, *HUGE[script]]
     process = start(script, "--run-dir", folder, *huge)
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)
@@ -125,7 +131,7 @@ def test_a_second_signal_ends_at_once(script, tmp_path):
 def test_a_signal_in_the_final_evaluation(script, undisturbed, tmp_path):
     """The training is over and saved: the evaluation is given up, and a resume makes it."""
     folder = tmp_path / "late"
-    process = start(script, "--run-dir", folder, *LONG, "--eval-episodes", 10_000)
+    process = start(script, "--run-dir", folder, *LONG, "--eval-episodes", 100_000)
     while not (folder / "checkpoint.pt").exists() or checkpoint(folder)["global_step"] < 3072:
         time.sleep(0.05)
     time.sleep(0.5)
@@ -146,7 +152,7 @@ def test_other_evaluation_episodes_after_the_end(script, tmp_path):
 def test_training_can_be_prolonged(script, undisturbed, tmp_path):
     """The prolonged run goes on from the old end and keeps its lines; wall time adds up."""
     folder = tmp_path / "longer"
-    run(script, "--run-dir", folder, *LONG)
+    run(script, "--run-dir", folder, *LONG, "--env-id", env_id(script))
     old = metrics(folder)
     run(script, "--resume", folder, "--total-timesteps", 4096, quick=False)
     new = metrics(folder)
@@ -169,7 +175,7 @@ def test_torn_and_extra_lines_are_cut(script, undisturbed, tmp_path):
 def test_killed_in_the_final_evaluation(script, undisturbed, tmp_path):
     """The last checkpoint is written before it, so that only the evaluation is done again."""
     folder = tmp_path / "late"
-    process = start(script, "--run-dir", folder, *LONG, "--eval-episodes", 1000)
+    process = start(script, "--run-dir", folder, *LONG, "--eval-episodes", 100_000)
     wait_for_step(process, folder, 3072)
     time.sleep(1)
     process.kill()

@@ -1,0 +1,525 @@
+"""dqn.py and double_dqn_per.py: replay memories, priorities, targets, clocks, known values."""
+
+import json
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    checkpoint,
+    command,
+    environ,
+    load,
+    metrics,
+    run,
+    same,
+    training,
+    without_times,
+)
+
+Q_SCRIPTS = ["dqn", "double_dqn_per"]
+
+
+@pytest.fixture(params=Q_SCRIPTS)
+def q_script(request):
+    return request.param
+
+
+def make_memory(script, size, num_envs, obs_shape, stacked):
+    module = load(script)
+    if script == "dqn":
+        return module.ReplayBuffer(size, num_envs, obs_shape, stacked)
+    return module.PrioritizedReplayBuffer(size, num_envs, obs_shape, stacked, alpha=0.6)
+
+
+def drawable(memory):
+    """Indices of what can be drawn."""
+    numbers = memory.drawable if hasattr(memory, "drawable") else memory.numbers
+    return np.flatnonzero(numbers[: memory.size])
+
+
+class Story:
+    """Random episodes of several environments, whose observations are kept whole, naively."""
+
+    def __init__(self, num_envs, stack, seed):
+        self.rng, self.stack, self.num_envs = np.random.default_rng(seed), stack, num_envs
+        self.frames = 0
+        self.obs = np.stack([self.start() for _ in range(num_envs)])
+        self.known = {}  # action, which is the transition's number -> the transition
+
+    def frame(self):
+        """Two bytes that no other frame has."""
+        self.frames += 1
+        return np.array(divmod(self.frames, 256), np.uint8)
+
+    def start(self):
+        if self.stack == 1:
+            return self.frame()
+        return np.concatenate([np.zeros((self.stack - 1, 2), np.uint8), self.frame()[None]])
+
+    def follow(self, obs):
+        return self.frame() if self.stack == 1 else np.concatenate([obs[1:], self.frame()[None]])
+
+    def step(self, memory):
+        """One step of all into the memory. A lost life terminates, but the episode goes on."""
+        next_obs = np.stack([self.follow(obs) for obs in self.obs])
+        fate = self.rng.choice(4, self.num_envs, p=[0.7, 0.1, 0.1, 0.1])  # on, life, over, cut
+        terminations, dones = (fate == 1) | (fate == 2), fate >= 2
+        numbers = len(self.known) + np.arange(self.num_envs)
+        rewards = self.rng.normal(size=self.num_envs).astype(np.float32)
+        for n, number in enumerate(numbers):
+            parts = self.obs[n], rewards[n], next_obs[n], terminations[n]
+            self.known[int(number)] = parts
+        memory.add(self.obs, numbers, rewards, next_obs, terminations, dones)
+        self.obs = np.stack([self.start() if dones[n] else next_obs[n] for n in range(len(dones))])
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("stack", [1, 4])
+def test_every_drawable_transition_is_what_happened(q_script, num_envs, stack):
+    """Stacks and next observations against naive ones, while the memory fills and wraps around."""
+    shape = (stack, 2) if stack > 1 else (2,)
+    memory = make_memory(q_script, 60, num_envs, shape, stack > 1)
+    story = Story(num_envs, stack, seed=stack)
+    for step in range(200):
+        story.step(memory)
+        indices = drawable(memory)
+        batch = memory.gather(indices)
+        for i, number in enumerate(batch.actions.tolist()):
+            obs, reward, next_obs, termination = story.known[number]
+            assert (batch.obs[i].numpy() == obs).all(), (step, number)
+            assert batch.rewards[i] == reward and batch.terminations[i] == termination
+            if not termination:
+                assert (batch.next_obs[i].numpy() == next_obs).all(), (step, number)
+        # all but each environment's newest (its next frame is to come), the rows of cut episodes,
+        # and of a full memory those whose stacks were overwritten
+        assert len(set(batch.actions.tolist())) == len(indices)
+        rows = min(step + 1, 60 // num_envs)
+        assert len(indices) >= 0.75 * num_envs * (rows - 1 - 4), step
+        newest = len(story.known) - 2 * num_envs  # the newest whose next frame can be there
+        if step:
+            assert set(range(newest, newest + num_envs)) <= set(batch.actions.tolist())
+
+
+def test_uniform_draws_are_uniform_over_what_can_be_drawn():
+    memory = make_memory("dqn", 60, 3, (4, 2), True)
+    story = Story(3, 4, seed=0)
+    for _ in range(90):
+        story.step(memory)
+    np.random.seed(0)
+    counts = np.bincount(memory.draw(60_000), minlength=memory.size)
+    indices = drawable(memory)
+    assert counts.sum() == counts[indices].sum()
+    expected = 60_000 / len(indices)
+    chi2 = ((counts[indices] - expected) ** 2 / expected).sum()
+    assert chi2 < len(indices) + 4 * np.sqrt(2 * len(indices))
+
+
+def test_memory_is_restored_exactly(q_script):
+    memory, other = (make_memory(q_script, 60, 3, (4, 2), True) for _ in range(2))
+    story = Story(3, 4, seed=0)
+    for step in range(47):
+        story.step(memory)
+        if step in (5, 46):  # before and after it is full
+            other = make_memory(q_script, 60, 3, (4, 2), True)
+            if q_script == "double_dqn_per":
+                memory.set_priorities(drawable(memory)[:7], np.arange(7.0))
+            other.load_state_dict(memory.state_dict())
+            left, right = other.state_dict(), memory.state_dict()
+            assert left.keys() == right.keys()
+            np.random.seed(1)
+            first = memory.draw(30)
+            np.random.seed(1)
+            np.testing.assert_equal(other.draw(30), first)
+            np.testing.assert_array_equal(drawable(memory), drawable(other))
+            if q_script == "double_dqn_per":
+                for ours, theirs in zip(memory.tree.levels, other.tree.levels, strict=True):
+                    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_sum_tree_equals_plain_sums():
+    module, rng = load("double_dqn_per"), np.random.default_rng(0)
+    for size in (5, 128, 129, 20_000):
+        tree, plain = module.SumTree(size), np.zeros(size)
+        for _ in range(20):
+            indices = rng.integers(size, size=50)
+            numbers = rng.choice([0.0, 1e-9, 1.0, 1e6], size)[indices]  # duplicates agree
+            tree.update(indices, numbers)
+            plain[indices] = numbers
+        for level in range(len(tree.levels) - 1):
+            lower = tree.levels[level + 1].sum(1)
+            np.testing.assert_allclose(tree.levels[level].reshape(-1)[: len(lower)], lower)
+        total = tree.levels[0].sum()
+        assert total == pytest.approx(plain.sum())
+        sums = rng.uniform(0, total, 5000)
+        sums[:3] = 0, np.nextafter(total, 0), total
+        found = tree.find(sums)
+        assert (plain[found] > 0).all()
+        edges = plain.cumsum()
+        exact = np.minimum(np.searchsorted(edges, sums, side="right"), size - 1)
+        differ = (found != exact) & (np.abs(edges[found] - sums) > 1e-6 * total)
+        assert not differ[3:].any()
+
+
+def prioritised(priorities, alpha=0.6):
+    module = load("double_dqn_per")
+    memory = module.PrioritizedReplayBuffer(len(priorities) + 1, 1, (1,), False, alpha)
+    zero = np.zeros((1, 1), np.float32)
+    for _ in range(len(priorities) + 1):  # the last one cannot be drawn yet
+        memory.add(zero, np.zeros(1, int), np.zeros(1), zero, *np.zeros((2, 1), bool))
+    memory.set_priorities(np.arange(len(priorities)), np.array(priorities))
+    return memory
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_frequencies_follow_the_priorities(alpha):
+    """P(i) = p_i^alpha / sum, from many batches of 32 stratified draws (chi-squared)."""
+    rng = np.random.default_rng(0)
+    priorities = rng.exponential(size=200) + 0.01
+    memory = prioritised(priorities, alpha)
+    np.random.seed(0)
+    drawn = np.concatenate([memory.draw(32)[0] for _ in range(4000)])
+    probabilities = (priorities + 1e-6) ** alpha / ((priorities + 1e-6) ** alpha).sum()
+    expected = len(drawn) * probabilities
+    counts = np.bincount(drawn, minlength=201)
+    assert counts[200] == 0
+    chi2 = ((counts[:200] - expected) ** 2 / expected).sum()
+    assert chi2 < 200 + 4 * np.sqrt(400)
+    indices, reported = memory.draw(32)
+    np.testing.assert_allclose(reported, probabilities[indices], rtol=1e-12)
+
+
+def test_draws_are_stratified():
+    """Equal priorities of 64 transitions, 32 draws: one from each pair, every time."""
+    memory = prioritised(np.ones(64))
+    for _ in range(20):
+        assert (memory.draw(32)[0] // 2).tolist() == list(range(32))
+
+
+def test_new_transitions_get_the_largest_priority_so_far():
+    memory = prioritised([0.5, 3.0, 0.1])
+    zero = np.zeros((1, 1), np.float32)
+    memory.set_priorities(np.array([1]), np.array([0.2]))  # the largest was, and stays, 3
+    memory.add(zero, np.zeros(1, int), np.zeros(1), zero, *np.zeros((2, 1), bool))
+    expected = (np.array([3.0, 0.2, 0.1]) + 1e-6) ** 0.6  # index 0 was overwritten just now
+    assert memory.numbers[3] == pytest.approx(expected[0])
+    assert memory.numbers[[0, 1, 2]] == pytest.approx([0, *expected[1:]])
+
+
+def test_importance_weights_in_float64():
+    module, rng = load("double_dqn_per"), np.random.default_rng(0)
+    probabilities, size = rng.dirichlet(np.ones(50)), 1000
+    for beta in (0.0, 0.4, 1.0):
+        weights = module.importance_weights(torch.from_numpy(probabilities), beta)
+        exact = (size * probabilities) ** -beta
+        assert weights.dtype == torch.float64
+        np.testing.assert_allclose(weights, exact / exact.max(), rtol=1e-12)
+
+
+def test_targets_by_hand():
+    module = load("double_dqn_per")
+    rewards, terminations = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 0.0, 1.0])
+    online = torch.tensor([[1.0, 2.0], [5.0, 4.0], [0.0, 9.0]])
+    target = torch.tensor([[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]])
+    double = module.double_q_target(rewards, terminations, online, target, 0.5)
+    assert double.tolist() == [1 + 10, 2 + 15, 3]
+    plain = module.double_q_target(rewards, terminations, target, target, 0.5)
+    assert plain.tolist() == [1 + 10, 2 + 20, 3]
+    next_values = torch.tensor([20.0, 40.0, 60.0])
+    assert load("dqn").td_target(rewards, terminations, next_values, 0.5).tolist() == [11, 22, 3]
+
+
+def test_schedule(q_script):
+    module = load(q_script)
+    values = [module.linear_schedule(step, 100, 1.0, 0.1) for step in (0, 50, 100, 1000)]
+    assert values == pytest.approx([1, 0.55, 0.1, 0.1])
+
+
+def test_polyak_update(q_script):
+    module = load(q_script)
+    target, source = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    old, new = target.weight.clone(), source.weight.clone()
+    module.polyak_update(target, source, 0.25)
+    torch.testing.assert_close(target.weight, 0.75 * old + 0.25 * new)
+    module.polyak_update(target, source, 1.0)
+    assert torch.equal(target.weight, source.weight) and torch.equal(source.weight, new)
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+
+PROBE = """--learning-rate 0.003 --gamma 0.9 --total-timesteps 6000 --log-frequency 500 --num-envs 4
+--learning-starts 200 --batch-size 64 --target-frequency 100 --tau 1 --exploration-steps 2000
+--eval-episodes 2""".split()
+
+
+def learn(script, folder, probe, *extra):
+    run(script, "--env-id", f"probes:{probe}-v0", "--run-dir", folder, *PROBE, *extra, quick=False)
+    return training(folder)[-1]["losses/q_values"]
+
+
+def q_values(script, folder, *observations):
+    network = load(script).vector_q_network((1,), 2)
+    network.load_state_dict(checkpoint(folder)["q_network"])
+    with torch.no_grad():
+        return network(torch.tensor(observations)[:, None]).amax(1).tolist()
+
+
+def test_constant_value(q_script, tmp_path):
+    assert learn(q_script, tmp_path, "DiscreteProbe") == pytest.approx(1, abs=0.05)
+
+
+def test_value_of_an_observation(q_script, tmp_path):
+    learn(q_script, tmp_path, "DiscreteObservedValue")
+    assert q_values(q_script, tmp_path, -1.0, 1.0) == pytest.approx([-1, 1], abs=0.1)
+
+
+def test_discounting(q_script, tmp_path):
+    learn(q_script, tmp_path, "DiscreteDelayed")
+    assert q_values(q_script, tmp_path, 0.0, 1.0) == pytest.approx([0.9, 1], abs=0.05)
+
+
+@pytest.mark.parametrize("extra", [(), ("--tau", "0.3", "--target-frequency", "25")])
+def test_a_time_limit_bootstraps(q_script, tmp_path, extra):
+    """Reward 1 for ever, cut every 5 steps: Q = 1 / (1 - 0.9) = 10."""
+    assert learn(q_script, tmp_path, "DiscreteForever", *extra) == pytest.approx(10, abs=0.7)
+
+
+def test_the_bootstrap_is_the_final_observation_and_not_the_next_episodes_first(q_script, tmp_path):
+    """V(s) = s + 0.9 V(1 - s): 4.74 and 5.26. From the wrong observation they differ by 1."""
+    learn(q_script, tmp_path, "DiscreteSwap")
+    low, high = q_values(q_script, tmp_path, 0.0, 1.0)
+    assert (low + high) / 2 == pytest.approx(5, abs=0.4)
+    assert high - low == pytest.approx(0.526, abs=0.2)
+
+
+def test_its_terminating_twin_does_not(q_script, tmp_path):
+    """The same, but one in 5 steps ends: the mean solves Q = 1 + 0.9 * 0.8 Q, which is 3.6.
+
+    With the squared loss: observations do not tell the steps apart, and huber's minimum is no mean.
+    """
+    value = learn(q_script, tmp_path, "DiscreteEnding", "--loss", "squared")
+    assert value == pytest.approx(3.57, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "script, extra",
+    [("dqn", []), ("double_dqn_per", ["--no-double"]), ("double_dqn_per", [])],
+)
+def test_the_target_network_evaluates(script, extra, tmp_path):
+    """Never updated, it leaves Q at 1 + 0.9 of its own first values: the larger, but if double.
+
+    The trained network sees no difference between the actions, so that its choice is the smaller
+    one every now and then.
+    """
+    never = ["--target-frequency", "1000000"]
+    value = learn(script, tmp_path, "DiscreteForever", *never, *extra)
+    network = load(script).vector_q_network((1,), 2)
+    network.load_state_dict(checkpoint(tmp_path)["target_network"])
+    low, high = sorted(network(torch.zeros(1, 1))[0].tolist())
+    assert high - low > 0.05
+    if script == "dqn" or extra:
+        assert value == pytest.approx(1 + 0.9 * high, abs=0.005)
+    else:
+        assert 1 + 0.9 * low - 0.005 < value < 1 + 0.9 * high - 0.01
+
+
+@pytest.mark.parametrize("extra", [(), ("--loss", "squared", "--optimizer", "rmsprop")])
+def test_best_action_depends_on_the_observation(q_script, tmp_path, extra):
+    """Actions -1, 0 and 1, of which the one that equals the observation is best."""
+    learn(q_script, tmp_path, "Choice", *extra)
+    assert metrics(tmp_path)[-1]["eval/episodic_return"] == 0
+
+
+@pytest.mark.parametrize("extra", [["--no-double"], ["--no-prioritized"]])
+def test_ablations_learn(tmp_path, extra):
+    assert learn("double_dqn_per", tmp_path, "DiscreteForever", *extra) == pytest.approx(10, abs=1)
+    if extra == ["--no-prioritized"]:
+        numbers = checkpoint(tmp_path)["buffer"]["numbers"]
+        assert set(numbers.tolist()) == {0.0, 1.0}
+
+
+def test_loss_is_huber_or_squared(q_script, tmp_path):
+    """Reward 100, Q close to 0: the loss of the first update is about 100 or 10,000."""
+    short = ["--total-timesteps", "100", "--log-frequency", "100", "--learning-starts", "100"]
+    for loss, low, high in (("huber", 90, 101), ("squared", 9000, 11_000)):
+        learn(q_script, tmp_path / loss, "DiscreteHundred", *short, "--loss", loss)
+        assert low < training(tmp_path / loss)[-1]["losses/td_loss"] < high
+
+
+def gradient_steps(folder):
+    """What the optimizer counted."""
+    return int(checkpoint(folder)["optimizer"]["state"][0]["step"])
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
+def test_epsilon_is_the_share_of_random_actions(q_script, tmp_path, epsilon):
+    """A network that does not learn always prefers the same of two actions."""
+    steps = ["--total-timesteps", 2000, "--learning-starts", 1500]
+    share = ["--epsilon-start", epsilon, "--epsilon-end", epsilon]
+    learn(q_script, tmp_path, "DiscreteForever", *steps, *share)
+    actions = checkpoint(tmp_path)["buffer"]["actions"][:1500]
+    counts = torch.bincount(actions[actions >= 0], minlength=2)
+    assert counts.max() / counts.sum() == pytest.approx(1 - epsilon / 2, abs=0.04)
+
+
+@pytest.mark.parametrize("num_envs", [1, 4, 8])
+def test_clocks_count_environment_steps(q_script, tmp_path, num_envs):
+    """Whatever the number of environments: gradient steps, epsilon, target, all by steps."""
+    learn(q_script, tmp_path, "DiscreteForever", "--num-envs", num_envs, "--total-timesteps", 800,
+          "--log-frequency", 200, "--train-frequency", 8, "--target-frequency", 10_000,
+          "--learning-starts", 400, "--exploration-steps", 1000, "--epsilon-end", 0.5)  # fmt: skip
+    steps = [line["global_step"] for line in training(tmp_path)]
+    assert steps == [200, 400, 600, 800]
+    assert gradient_steps(tmp_path) == (800 - 400) // 8 + 1  # at 400, 408, ..., 800
+    for line in training(tmp_path):  # that of the last step taken
+        taken = line["global_step"] - num_envs
+        assert line["charts/epsilon"] == pytest.approx(1 - 0.5 * taken / 1000)
+        assert ("losses/td_loss" in line) == (line["global_step"] >= 400)
+    saved = checkpoint(tmp_path)
+    assert not torch.equal(saved["q_network"]["4.bias"], saved["target_network"]["4.bias"])
+
+
+def test_target_has_its_own_clock(q_script, tmp_path):
+    """It ticks where no gradient step is due, and then equals the network."""
+    short = ["--num-envs", 1, "--total-timesteps", 300, "--log-frequency", 300]
+    clocks = ["--train-frequency", 7, "--target-frequency", 300]
+    learn(q_script, tmp_path, "DiscreteForever", *short, *clocks)
+    saved = checkpoint(tmp_path)
+    assert gradient_steps(tmp_path) == 300 // 7 - 199 // 7
+    for name, part in saved["q_network"].items():
+        assert torch.equal(part, saved["target_network"][name])
+
+
+# ---- Atari ---------------------------------------------------------------------------------------
+
+ATARI = """--total-timesteps 600 --log-frequency 100 --learning-starts 300 --buffer-size 400
+--eval-episodes 1 --checkpoint-frequency 100""".split()
+
+
+def play(module, game, steps, **args):
+    """Random play of one game; yields what a training loop sees."""
+    envs = module.make_envs(module.Args(env_id=f"ALE/{game}-v5", **args))
+    rng = np.random.default_rng(0)
+    obs = envs.obs
+    for _ in range(steps):
+        before, actions = obs, rng.integers(envs.single_action_space.n, size=envs.num_envs)
+        obs, rewards, terminations, truncations, infos = envs.step(actions)
+        yield before, actions, rewards, obs, terminations, truncations, infos
+
+
+def test_stacks_of_a_real_game(q_script):
+    """Breakout, two environments, until the memory has wrapped around: byte for byte."""
+    pytest.importorskip("ale_py")
+    module = load(q_script)
+    memory = make_memory(q_script, 300, 2, (4, 84, 84), True)
+    known, ends = {}, 0
+    for number, step in enumerate(play(module, "Breakout", 400, num_envs=2)):
+        before, _, rewards, obs, terminations, truncations, infos = step
+        dones = terminations | truncations
+        next_obs = obs.copy()
+        if dones.any():
+            next_obs[dones] = np.stack(infos["final_obs"][dones])
+        ends += dones.sum()
+        numbers = np.array([2 * number, 2 * number + 1])
+        for n in range(2):
+            known[2 * number + n] = before[n], next_obs[n], bool(terminations[n])
+        memory.add(before, numbers, rewards, next_obs, terminations, dones)
+    batch = memory.gather(drawable(memory))
+    assert ends >= 2 and len(batch.actions) > 280
+    for i, number in enumerate(batch.actions.tolist()):
+        obs, next_obs, termination = known[number]
+        assert (batch.obs[i].numpy() == obs).all()
+        assert termination or (batch.next_obs[i].numpy() == next_obs).all()
+
+
+def test_an_atari_run(q_script, tmp_path):
+    """The paper's defaults, said in the first line; clipped rewards and lives only to learn."""
+    pytest.importorskip("ale_py")
+    arguments = ["--env-id", "ALE/MsPacman-v5", *ATARI, "--total-timesteps", 1500]
+    arguments += ["--buffer-size", 2000, "--learning-starts", 1400]
+    done = run(q_script, *arguments, "--run-dir", tmp_path / "r", quick=False)
+    first = done.stdout.splitlines()[0]
+    assert "ALE/MsPacman-v5" in first and "paper" in first and "2,000 transitions" in first
+    args = json.loads((tmp_path / "r" / "args.json").read_text())["args"]
+    assert args["optimizer"] == "rmsprop" and args["batch_size"] == 32
+    assert args["learning_starts"] == 1400 and args["exploration_steps"] == 1_000_000
+    saved = checkpoint(tmp_path / "r")["buffer"]
+    assert saved["frames"].dtype == torch.uint8 and saved["frames"].shape[1:] == (84, 84)
+    assert saved["rewards"].max() == 1 and saved["rewards"].sum() > 10
+    lines = training(tmp_path / "r")
+    episodes = sum(line.get("charts/episodes", 0) for line in lines)
+    returns = [x["charts/episodic_return"] for x in lines if "charts/episodes" in x]
+    assert episodes >= 1 and all(x >= 60 for x in returns)  # ten points a pellet, not one
+    assert saved["terminations"].sum() > episodes  # three lives each
+
+
+def test_an_atari_run_resumes_bit_for_bit(q_script, tmp_path):
+    pytest.importorskip("ale_py")
+    arguments = ["--env-id", "ALE/Breakout-v5", "--sticky-actions", 0.25, *ATARI, "--num-envs", 2]
+    run(q_script, *arguments, "--run-dir", tmp_path / "a", quick=False)
+    words = command(q_script, *arguments, "--run-dir", tmp_path / "b", quick=False)
+    process = subprocess.Popen(words, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "b" / "checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = run(q_script, "--resume", tmp_path / "b", quick=False)
+    assert "not restored" not in done.stderr
+    assert without_times(metrics(tmp_path / "a")) == without_times(metrics(tmp_path / "b"))
+    assert same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+
+
+def test_sticky_actions_reach_the_game(q_script):
+    pytest.importorskip("ale_py")
+    module = load(q_script)
+    plain, again, sticky = (
+        np.stack([step[3][0, -1] for step in play(module, "Pong", 150, sticky_actions=share)])
+        for share in (0.0, 0.0, 0.5)
+    )
+    assert (plain == again).all() and not (plain == sticky).all()
+
+
+def test_games_and_environments_start_differently(q_script):
+    """The no-ops and the sticky actions of each environment and each seed are their own."""
+    pytest.importorskip("ale_py")
+    module = load(q_script)
+
+    def frames(seed):
+        steps = list(play(module, "Pong", 60, seed=seed, num_envs=2, sticky_actions=0.5))
+        return np.stack([step[3][:, -1] for step in steps])
+
+    first, second = frames(1), frames(2)
+    assert not (first == second).all() and not (first[:, 0] == first[:, 1]).all()
+
+
+def test_memory_that_does_not_fit_is_refused(q_script, tmp_path):
+    for env_id in ("ALE/Pong-v5", "CartPole-v1"):
+        arguments = ["--env-id", env_id, "--buffer-size", "1e13", "--run-dir", tmp_path / "r"]
+        done = run(q_script, *arguments, quick=False, code=2)
+        assert "error: --buffer-size" in done.stderr and "GB" in done.stderr
+        assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("--env-id Pendulum-v1", ["error: --env-id Pendulum-v1", "Discrete"]),
+        ("--env-id ALE/Nothing-v5", ["error: --env-id ALE/Nothing-v5"]),
+        ("--env-id PongNoFrameskip-v4", ["error: --env-id PongNoFrameskip-v4"]),
+        ("--buffer-size 7", ["--buffer-size", "at least 8"]),
+        ("--tau 0", ["--tau"]),
+        ("--epsilon-end 1.5", ["--epsilon-end"]),
+        ("--train-frequency 0", ["--train-frequency"]),
+        ("--optimizer sgd", ["--optimizer"]),
+    ],
+)
+def test_bad_arguments_of_q_learning(q_script, arguments, says, tmp_path):
+    done = run(q_script, *arguments.split(), "--run-dir", tmp_path / "r", quick=False, code=2)
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    for text in says:
+        assert text in done.stderr, done.stderr
