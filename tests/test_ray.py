@@ -67,13 +67,14 @@ def test_a_node_is_killed_and_every_job_completes(tmp_path, cluster):
     """Its jobs go on elsewhere, from their checkpoints; all equal an undisturbed sweep."""
     address, extra, short = cluster
     more = "--checkpoint-frequency 512"
-    path = suite(tmp_path, seeds=range(1, JOBS + 1), steps=16_384, more=more)
+    path = suite(tmp_path, seeds=range(1, JOBS + 1), steps=40_960, more=more)
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     sweep(path, "--run-root", calm)
     nodes = raylets(short)
     assert len(nodes) == 2
     running = begin(path, "--run-root", rough, "--engine", "ray", "--ray-address", address, **extra)
-    # Two jobs at work, not merely begun, so each of the two cores has one.
+    # Two jobs at work, not merely begun, so each of the two cores has one; and with far to go, as
+    # it takes a node's workers a while to notice that it is gone.
     wait_for(lambda: sum(0 < step(folder) < 10_000 for folder in folders(rough)) == 2)
     os.kill(nodes[1], signal.SIGKILL)
     output, _ = running.communicate(timeout=900)
