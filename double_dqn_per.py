@@ -96,6 +96,7 @@ class Args:
         "total_timesteps": (500_000, 10_000_000),
         "device": ("cpu", "auto"),
         "learning_rate": (5e-4, 6.25e-5),
+        "anneal_lr": (True, False),
         "optimizer": ("adam", "rmsprop"),
         "loss": ("squared", "huber"),
         "buffer_size": (50_000, 1_000_000),
@@ -166,6 +167,8 @@ class Args:
     """Exponent of the importance weights; rises from here to 1 at --total-timesteps."""
     learning_rate: float | None = None
     """Step size of the optimizer; by default 5e-4, on Atari 6.25e-5."""
+    anneal_lr: bool | None = None
+    """Lower the learning rate linearly to 0 at the end; by default yes, on Atari no."""
     optimizer: Literal["adam", "rmsprop"] | None = None
     """By default adam, on Atari rmsprop (centred, as in the paper)."""
     loss: Literal["huber", "squared"] | None = None
@@ -338,8 +341,7 @@ class PrioritizedReplayBuffer:
     def add(self, obs, actions, rewards, next_obs, terminations, dones) -> None:
         """Take in one step of all environments. Shapes: (num_envs, ...)."""
         self.write(np.arange(self.num_envs), obs, actions, rewards, terminations)
-        cut = np.flatnonzero(dones & ~terminations)  # a lost life terminates, but is not done
-        if len(cut):
+        if len(cut := np.flatnonzero(dones & ~terminations)):  # a lost life is no end
             self.write(cut, next_obs[cut], -1, 0, 0)
         self.next_age[dones] = 0
 
@@ -356,11 +358,11 @@ class PrioritizedReplayBuffer:
         self.next_age[n] = np.minimum(age + 1, self.stack)
         self.filled = max(self.filled, int(i.max()) + 1)
 
-    def draw(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, size: int) -> tuple[np.ndarray, Tensor]:
         """Indices, one from each of `size` equal ranges of the sum, and their probabilities."""
         total = self.tree.levels[0].sum()
         indices = self.tree.find((np.arange(size) + np.random.random(size)) / size * total)
-        return indices, self.numbers[indices] / total
+        return indices, torch.from_numpy(self.numbers[indices] / total)
 
     def set_priorities(self, indices: np.ndarray, td_errors: np.ndarray) -> None:
         """p = |TD error| and a little more, so that it is never zero. Shapes: (B,)."""
@@ -587,6 +589,9 @@ def train(args: Args) -> None:
     obs, lives = envs.obs, count_lives()
 
     while not run.finished:
+        remaining = 1 - run.global_step / args.total_timesteps
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = learning_rate
         global_step, steps = run.global_step, []
         while global_step < run.global_step + args.iteration_steps:
             # 1. Act
@@ -626,10 +631,9 @@ def train(args: Args) -> None:
                     rewards, terminations = batch.rewards, batch.terminations
                     targets = double_q_target(rewards, terminations, online_q, target_q, args.gamma)
                     beta = linear_schedule(global_step, args.total_timesteps, args.priority_beta, 1)
-                    weights = importance_weights(torch.from_numpy(probabilities), beta)
+                    weights = importance_weights(probabilities, beta).float().to(device)
 
                     # 4. Update
-                    weights = weights.float().to(device)
                     step = gradient_step(batch.obs, batch.actions, targets, weights)
                     gradients, td_errors, step_metrics = step
                     buffer.set_priorities(indices, td_errors.cpu().numpy())
@@ -641,7 +645,7 @@ def train(args: Args) -> None:
                     polyak_update(target_network, q_network, args.tau)
 
         # 5. Log, checkpoint, evaluate
-        metrics = {"charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate}
+        metrics = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
         for name in steps[0] if steps else ():
             metrics[name] = torch.stack([step[name] for step in steps]).mean().item()
         run.end_iteration(global_step, metrics)

@@ -92,6 +92,7 @@ class Args:
         "total_timesteps": (500_000, 10_000_000),
         "device": ("cpu", "auto"),
         "learning_rate": (1e-3, 2.5e-4),
+        "anneal_lr": (True, False),
         "optimizer": ("adam", "rmsprop"),
         "loss": ("squared", "huber"),
         "buffer_size": (50_000, 1_000_000),
@@ -153,6 +154,8 @@ class Args:
     # Algorithm
     learning_rate: float | None = None
     """Step size of the optimizer; by default 1e-3, on Atari 2.5e-4."""
+    anneal_lr: bool | None = None
+    """Lower the learning rate linearly to 0 at the end; by default yes, on Atari no."""
     optimizer: Literal["adam", "rmsprop"] | None = None
     """By default adam, on Atari rmsprop (centred, as in the paper)."""
     loss: Literal["huber", "squared"] | None = None
@@ -285,8 +288,7 @@ class ReplayBuffer:
     def add(self, obs, actions, rewards, next_obs, terminations, dones) -> None:
         """Take in one step of all environments. Shapes: (num_envs, ...)."""
         self.write(np.arange(self.num_envs), obs, actions, rewards, terminations)
-        cut = np.flatnonzero(dones & ~terminations)  # a lost life terminates, but is not done
-        if len(cut):
+        if len(cut := np.flatnonzero(dones & ~terminations)):  # a lost life is no end
             self.write(cut, next_obs[cut], -1, 0, 0)
         self.next_age[dones] = 0
 
@@ -505,6 +507,9 @@ def train(args: Args) -> None:
     obs, lives = envs.obs, count_lives()
 
     while not run.finished:
+        remaining = 1 - run.global_step / args.total_timesteps
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = learning_rate
         global_step, steps = run.global_step, []
         while global_step < run.global_step + args.iteration_steps:
             # 1. Act
@@ -552,7 +557,7 @@ def train(args: Args) -> None:
                     polyak_update(target_network, q_network, args.tau)
 
         # 5. Log, checkpoint, evaluate
-        metrics = {"charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate}
+        metrics = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
         for name in steps[0] if steps else ():
             metrics[name] = torch.stack([step[name] for step in steps]).mean().item()
         run.end_iteration(global_step, metrics)

@@ -19,6 +19,7 @@ VARIANTS: dict[str, str] = {
 FIELD_VARIANTS: dict[str, str] = {
     "total_timesteps": "Q-learning: the default depends on the environment",
     "learning_rate": "Q-learning: the default depends on the environment",
+    "anneal_lr": "Q-learning: the default depends on the environment",
     "device": "Q-learning: the default depends on the environment",
     "target_frequency": "names its defaults",
     "epsilon_end": "names its defaults",
