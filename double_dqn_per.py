@@ -95,7 +95,7 @@ class Args:
     DEFAULTS: ClassVar[dict[str, tuple[Any, Any]]] = {
         "total_timesteps": (500_000, 10_000_000),
         "device": ("cpu", "auto"),
-        "learning_rate": (5e-4, 6.25e-5),
+        "learning_rate": (1e-3, 6.25e-5),
         "anneal_lr": (True, False),
         "optimizer": ("adam", "rmsprop"),
         "loss": ("squared", "huber"),
@@ -166,7 +166,7 @@ class Args:
     priority_beta: float = 0.4
     """Exponent of the importance weights; rises from here to 1 at --total-timesteps."""
     learning_rate: float | None = None
-    """Step size of the optimizer; by default 5e-4, on Atari 6.25e-5."""
+    """Step size of the optimizer; by default 1e-3, on Atari 6.25e-5."""
     anneal_lr: bool | None = None
     """Lower the learning rate linearly to 0 at the end; by default yes, on Atari no."""
     optimizer: Literal["adam", "rmsprop"] | None = None
