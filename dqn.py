@@ -23,9 +23,10 @@ Deviations from the paper:
   inside of the root, makes up for that: sqrt(0.01) / batch_size outside of it, as in PyTorch.
 - The target network is copied every 10,000 steps of the agent, as the authors' code does, and not
   gradient steps, as their table says; epsilon falls from the first step on, not the first update.
-- Vector observations get a small fully connected network, Adam, a target network that follows in
-  small steps, and the squared loss: where rewards are not clipped, huber's clipped gradient lets
-  rare failures, whose errors are large, count too little, and Q grows too high.
+- Vector observations get a small fully connected network, Adam, whose learning rate falls to 0, a
+  target network that follows in small steps, and the squared loss: where rewards are not clipped,
+  huber's clipped gradient lets rare failures, whose errors are large, count too little, and Q
+  grows too high.
 - A game begins with FIRE, where it has that button, before the paper's random number of no-ops.
 - Evaluation is greedy, where the paper keeps an epsilon of 0.05.
 """
@@ -239,10 +240,10 @@ class AtariQNetwork(nn.Module):
             nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
             nn.Linear(512, num_actions),
         )
-        self.to(memory_format=torch.channels_last)  # faster convolutions
+        self.to(memory_format=torch.channels_last)  # as obs below: faster convolutions
 
     def forward(self, obs: Tensor) -> Tensor:
-        return self.layers(obs / 255)
+        return self.layers(obs.contiguous(memory_format=torch.channels_last) / 255)
 
 
 # ---- Replay memory -------------------------------------------------------------------------------
@@ -470,8 +471,7 @@ def train(args: Args) -> None:
     target_network = copy.deepcopy(q_network)
     parameters = list(q_network.parameters())
     if args.optimizer == "adam":
-        fused = not args.atari  # it wants gradients laid out in memory as the weights are
-        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=fused)
+        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
     else:
         optimizer = torch.optim.RMSprop(
             parameters, lr=args.learning_rate, alpha=0.95, eps=0.1 / args.batch_size, centered=True
