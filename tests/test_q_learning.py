@@ -133,11 +133,21 @@ def test_memory_is_restored_exactly(q_script):
             np.random.seed(1)
             first = memory.draw(30)
             np.random.seed(1)
-            np.testing.assert_equal(other.draw(30), first)
+            torch.testing.assert_close(other.draw(30), first, rtol=0, atol=0)
             np.testing.assert_array_equal(drawable(memory), drawable(other))
             if q_script == "double_dqn_per":
                 for ours, theirs in zip(memory.tree.levels, other.tree.levels, strict=True):
                     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [1, 32])
+def test_gradients_of_pictures_lie_in_memory_as_the_weights_do(q_script, size):
+    # fused Adam reads both in that order, and would take the wrong ones in silence
+    network = load(q_script).AtariQNetwork((4, 84, 84), 6)
+    obs = torch.randint(256, (size, 4, 84, 84), dtype=torch.uint8)
+    weights = list(network.parameters())
+    gradients = torch.autograd.grad(network(obs).square().mean(), weights)
+    assert [x.stride() for x in gradients] == [x.stride() for x in weights]
 
 
 def test_sum_tree_equals_plain_sums():
