@@ -169,7 +169,8 @@ class Args:
     learning_rate: float | None = None
     """Step size of the optimizer; by default 1e-3, on Atari 6.25e-5."""
     anneal_lr: bool | None = None
-    """Lower the learning rate linearly to 0 at the end; by default yes, on Atari no."""
+    """Lower the learning rate linearly to 0 at the end (False: keep it); by default yes, on Atari
+    no."""
     optimizer: Literal["adam", "rmsprop"] | None = None
     """By default adam, on Atari rmsprop (centred, as in the paper)."""
     loss: Literal["huber", "squared"] | None = None

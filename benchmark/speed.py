@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ ROWS = {
     "DQN, CartPole": Row("dqn.py", DQN, *CARTPOLE),
     "DQN, CartPole, --compile": Row("dqn.py", DQN + " --compile", *CARTPOLE),
     "DQN, Pong": Row("dqn.py", PONG, *ATARI),
+    "DQN, Pong, --compile": Row("dqn.py", PONG + " --compile", *ATARI),
 }
 WORK = """PPO: 8 environments x 256 steps, 10 epochs, minibatches of 64, 64-64 tanh networks,
 observations and rewards normalised, advantages computed once a rollout. DQN, CartPole: a gradient
@@ -119,22 +121,32 @@ def peers(pairs: int, only: str) -> None:
         print(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {spread} |", flush=True)
 
 
+def median_speeds(
+    rounds: int, counts: Sequence[int], only: str, measure: Callable[[Row, int], float]
+) -> dict[tuple[str, int], float]:
+    """(script, count) -> steps per second, from rounds that go through all of them."""
+    measured = {(script, count): [] for script in SCALING if only in script for count in counts}
+    for _ in range(rounds):
+        for script, count in measured:
+            measured[script, count].append(measure(SCALING[script], count))
+    return {key: statistics.median(speeds) for key, speeds in measured.items()}
+
+
 def envs(pairs: int, only: str) -> None:
     """Steps per second against the number of environments of one process."""
+
+    def measure(row: Row, count: int) -> float:
+        return our_speeds(row, f" --num-envs {count} --num-steps {2048 // count}")[0]
+
     print(
         "HalfCheetah-v5, defaults but for `--num-envs` and `--num-steps`, whose product stays 2048;"
     )
     print(f"one thread, median of {pairs} rounds over all rows.\n")
     print("| script | --num-envs | steps/s | beside 1 environment |")
     print("|---|---|---|---|")
-    measured = {(script, count): [] for script in SCALING if only in script for count in NUM_ENVS}
-    for _ in range(pairs):
-        for script, count in measured:
-            more = f" --num-envs {count} --num-steps {2048 // count}"
-            measured[script, count] += our_speeds(SCALING[script], more)
-    for (script, count), speeds in measured.items():
-        speed, one = statistics.median(speeds), statistics.median(measured[script, 1])
-        print(f"| `{script}` | {count} | {speed:,.0f} | {speed / one:.2f} |", flush=True)
+    speeds = median_speeds(pairs, NUM_ENVS, only, measure)
+    for (script, count), speed in speeds.items():
+        print(f"| `{script}` | {count} | {speed:,.0f} | {speed / speeds[script, 1]:.2f} |")
 
 
 def workers(pairs: int, only: str) -> None:
@@ -145,14 +157,10 @@ def workers(pairs: int, only: str) -> None:
     print(f"median of {pairs} rounds over all rows.\n")
     print("| script | jobs at once | steps/s of all together | of the ideal |")
     print("|---|---|---|---|")
-    measured = {(script, count): [] for script in SCALING if only in script for count in counts}
-    for _ in range(pairs):
-        for script, count in measured:
-            measured[script, count].append(sum(our_speeds(SCALING[script], copies=count)))
-    for (script, count), speeds in measured.items():
-        speed, one = statistics.median(speeds), statistics.median(measured[script, 1])
-        share = speed / one / count
-        print(f"| `{script}` | {count} | {speed:,.0f} | {share:.0%} |", flush=True)
+    speeds = median_speeds(pairs, counts, only, lambda row, n: sum(our_speeds(row, copies=n)))
+    for (script, count), speed in speeds.items():
+        share = speed / speeds[script, 1] / count
+        print(f"| `{script}` | {count} | {speed:,.0f} | {share:.0%} |")
 
 
 def tree(pairs: int, only: str) -> None:

@@ -119,12 +119,12 @@ def test_uniform_draws_are_uniform_over_what_can_be_drawn():
 
 
 def test_memory_is_restored_exactly(q_script):
-    memory, other = (make_memory(q_script, 60, 3, (4, 2), True) for _ in range(2))
+    memory = make_memory(q_script, 300, 3, (4, 2), True)  # more than one node of the tree
     story = Story(3, 4, seed=0)
-    for step in range(47):
+    for step in range(130):
         story.step(memory)
-        if step in (5, 46):  # before and after it is full
-            other = make_memory(q_script, 60, 3, (4, 2), True)
+        if step in (5, 129):  # before and after it is full
+            other = make_memory(q_script, 300, 3, (4, 2), True)
             if q_script == "double_dqn_per":
                 memory.set_priorities(drawable(memory)[:7], np.arange(7.0))
             other.load_state_dict(memory.state_dict())
@@ -351,6 +351,25 @@ def test_ablations_learn(tmp_path, extra):
         assert set(numbers.tolist()) == {0.0, 1.0}
 
 
+def test_what_was_drawn_gets_new_priorities_and_weights(tmp_path):
+    """Reward 100, Q about 0: the first step of 16 at 50 of 1, the second at 100, most of 100^0.2."""
+    learn("double_dqn_per", tmp_path, "DiscreteHundred", "--total-timesteps", 100, "--num-envs", 1,
+          "--log-frequency", 50, "--learning-starts", 50, "--train-frequency", 50,
+          "--batch-size", 16, "--learning-rate", 1e-9, "--priority-alpha", 0.2,
+          "--target-frequency", 1_000_000, "--loss", "huber")  # fmt: skip
+    numbers = checkpoint(tmp_path)["buffer"]["numbers"]
+    drawn = (numbers > 0) & (numbers != 1)
+    assert 16 <= drawn[:50].sum() <= 32
+    network = load("double_dqn_per").vector_q_network((1,), 2)
+    network.load_state_dict(checkpoint(tmp_path)["target_network"])
+    td_errors = 100 - network(torch.zeros(1, 1))[0].detach().double()
+    expected = (td_errors.abs() + 1e-6) ** 0.2
+    assert all((number - expected).abs().min() < 1e-5 for number in numbers[drawn])
+    first, second = (line["losses/td_loss"] for line in training(tmp_path))
+    assert first == pytest.approx(99.5, abs=0.5)  # all drawn with the same probability
+    assert 0.3 * first < second < 0.7 * first  # 1 for the rare, 100^-0.2 for the others
+
+
 def test_loss_is_huber_or_squared(q_script, tmp_path):
     """Reward 100, Q close to 0: the loss of the first update is about 100 or 10,000."""
     short = ["--total-timesteps", "100", "--log-frequency", "100", "--learning-starts", "100"]
@@ -390,6 +409,15 @@ def test_clocks_count_environment_steps(q_script, tmp_path, num_envs):
         assert ("losses/td_loss" in line) == (line["global_step"] >= 400)
     saved = checkpoint(tmp_path)
     assert not torch.equal(saved["q_network"]["4.bias"], saved["target_network"]["4.bias"])
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_learning_rate_falls_to_zero(q_script, tmp_path, anneal):
+    learn(q_script, tmp_path, "DiscreteForever", "--total-timesteps", 800, "--log-frequency", 200,
+          "--learning-rate", 0.01, "--anneal-lr", anneal)  # fmt: skip
+    rates = [line["charts/learning_rate"] for line in training(tmp_path)]
+    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025] if anneal else [0.01] * 4)
+    assert checkpoint(tmp_path)["optimizer"]["param_groups"][0]["lr"] == rates[-1]
 
 
 def test_target_has_its_own_clock(q_script, tmp_path):
