@@ -2,7 +2,7 @@
 
 Deep Q-learning (Mnih et al. 2015) with two changes. Its target is the maximum of noisy estimates,
 too high on average: here one network chooses the next action and another says what it is worth.
-And transitions are not drawn uniformly but in proportion to how wrong Q was about them, with
+And transitions are not drawn uniformly but the more often, the more wrong Q was about them, with
 importance weights against the bias of that. van Hasselt et al. 2016, arXiv:1509.06461 (A), and
 Schaul et al. 2016, arXiv:1511.05952 (B); --no-double and --no-prioritized leave either out.
 
@@ -10,12 +10,12 @@ Schaul et al. 2016, arXiv:1511.05952 (B); --no-double and --no-prioritized leave
         with probability epsilon a random action, otherwise the argmax of Q(s, a)
         store (s, a, r, s') in the replay memory D, with the largest p so far  (B, Algorithm 1)
         every train_frequency steps:
-            draw k transitions with P(i) = p_i^alpha / sum of p^alpha          (B, eq. 1)
+            draw k of the N transitions, P(i) = p_i^alpha / sum of p^alpha     (B, eq. 1)
                 one from each of k equal ranges of the sum                     (B, appendix B.2.1)
             w_i = (N P(i))^-beta / max w                                       (B, section 3.4)
             y = r, if s' is terminal, else r + gamma Q_target(s', argmax_a' Q(s', a'))  (A, eq. 4)
             one gradient step on the mean of w huber(y - Q(s, a))
-            p_i = |y - Q(s, a)| + a little                                     (B, section 3.3)
+            p_i = |y - Q(s, a)| before that step, and a little                 (B, section 3.3)
         every target_frequency steps: Q_target = Q
 
     python double_dqn_per.py --env-id CartPole-v1 --seed 1
@@ -32,7 +32,7 @@ Deviations from the papers:
   huber's clipped gradient lets rare failures, whose errors are large, count too little, and Q
   grows too high.
 - A game begins with FIRE, where it has that button, before the papers' random number of no-ops.
-- Evaluation is greedy, where the papers keep a small epsilon.
+- Epsilon falls from the first step on, not the first update; in evaluations it is 0.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class Args:
         "epsilon_end": (0.05, 0.01),
         "exploration_steps": (20_000, 1_000_000),
     }
-    """What a flag is that is not given: for vectors, and on Atari, where algorithm and network are
-    the paper's, except that 10M steps are a fifth of its training."""
+    """Of flags that are not given: for vectors, and on Atari, where they are the paper's, but for
+    the deviations above and for 10M steps, which are a fifth."""
 
     # Run
     seed: Count = 1
@@ -151,7 +151,8 @@ class Args:
     num_envs: Count = 1
     """Environments stepped together in this process."""
     sticky_actions: float = 0.0
-    """Atari: probability that a frame repeats the last action (arXiv:1709.06009 takes 0.25)."""
+    """Atari: probability that a frame repeats the last action: 0 as in the paper, where Gymnasium
+    takes 0.25 (arXiv:1709.06009)."""
     clip_rewards: bool = True
     """Atari: learn from rewards clipped to [-1, 1]; logged returns are the game's own."""
     episodic_life: bool = True
@@ -169,13 +170,13 @@ class Args:
     learning_rate: float | None = None
     """Step size of the optimizer; by default 1e-3, on Atari 6.25e-5."""
     anneal_lr: bool | None = None
-    """Lower the learning rate linearly to 0 at the end (False: keep it); by default yes, on Atari
-    no."""
+    """Lower the learning rate linearly to 0 at the end, once every --log-frequency (False: keep
+    it); by default yes, on Atari no."""
     optimizer: Literal["adam", "rmsprop"] | None = None
     """By default adam, on Atari rmsprop (centred, as in the paper)."""
     loss: Literal["huber", "squared"] | None = None
-    """Of the TD error. huber: its gradient is the error clipped to [-1, 1]; squared: twice it. By
-    default squared, on Atari huber."""
+    """Of the TD error. huber: its gradient is the error clipped to [-1, 1]; squared: twice the
+    error. By default squared, on Atari huber."""
     gamma: float = 0.99
     """Discount factor per environment step."""
     buffer_size: Count | None = None
@@ -183,7 +184,7 @@ class Args:
     learning_starts: Count | None = None
     """Environment steps before the first gradient step; by default 1_000, on Atari 50_000."""
     train_frequency: Count = 4
-    """Environment steps for each gradient step."""
+    """Environment steps per gradient step."""
     batch_size: Count | None = None
     """Transitions per gradient step; by default 128, on Atari 32."""
     target_frequency: Count | None = None
@@ -276,7 +277,7 @@ class Batch(NamedTuple):
 class SumTree:
     """Numbers as leaves of a tree in which every node is the sum of its WIDTH children.
 
-    Changing some, or finding where their cumulative sum passes given values, takes one step a
+    Changing some, or finding where their cumulative sum passes given values, takes one step per
     level for a whole batch at once; three levels hold 2 million. Source: Schaul et al.
     2016, appendix B.2.1, with more children a node.
     """
@@ -284,7 +285,7 @@ class SumTree:
     WIDTH = 128
 
     def __init__(self, size: int) -> None:
-        self.levels = [np.zeros((-(-size // self.WIDTH), self.WIDTH))]  # the root's comes first
+        self.levels = [np.zeros((-(-size // self.WIDTH), self.WIDTH))]  # leaves; parents go before
         while (nodes := len(self.levels[0])) > 1:
             self.levels.insert(0, np.zeros((-(-nodes // self.WIDTH), self.WIDTH)))
         self.leaves = self.levels[-1].reshape(-1)
@@ -311,17 +312,18 @@ class SumTree:
 class PrioritizedReplayBuffer:
     """The newest transitions: actions[i], taken in obs[i], led to rewards[i] and next_obs[i].
 
-    A ring of rows, in turn of each environment: row i + num_envs follows row i, and environment n
+    A ring of rows, interleaved by environment: row i + num_envs follows row i, and environment n
     writes next_row[n], over its oldest. An observation is one frame, or a stack of the newest ones.
     frames[i] is the newest of obs[i], and that of next_obs[i] is in the row that follows; after a
-    termination this is another episode's, but then no target looks at it. The last frame of an
+    termination it may be another episode's, but then no target looks at it. The last frame of an
     episode that a time limit cut does matter: it takes a row without a transition, of action -1.
     ages[i] counts the frames before frames[i] in its episode, up to the size of a stack; where a
-    stack would reach further back it is zero. numbers[i] is p^alpha if i is a transition, its next
-    frame there and its stack not overwritten, else 0; `largest` is the largest so far. `filled` is
-    the first row never written.
+    stack would reach further back it is zero. next_age[n] is the age of what comes to next_row[n].
+    numbers[i] is p^alpha if i is a transition, its next frame there and its stack not overwritten,
+    else 0; `largest` is the largest yet, from 1 on. No row from `filled` on has been written.
 
-    Shapes: (size, ...) for what is a row's, (num_envs,) for next_row and next_age.
+    Shapes: (size, ...) for what is a row's, with numbers padded by zeros to whole nodes of the
+    tree, (num_envs,) for next_row and next_age, (1,) for largest.
     """
 
     ARRAYS = "frames actions rewards terminations ages next_row next_age numbers largest".split()
@@ -343,7 +345,7 @@ class PrioritizedReplayBuffer:
     def add(self, obs, actions, rewards, next_obs, terminations, dones) -> None:
         """Take in one step of all environments. Shapes: (num_envs, ...)."""
         self.write(np.arange(self.num_envs), obs, actions, rewards, terminations)
-        if len(cut := np.flatnonzero(dones & ~terminations)):  # a lost life is no end
+        if len(cut := np.flatnonzero(dones & ~terminations)):  # by a time limit
             self.write(cut, next_obs[cut], -1, 0, 0)
         self.next_age[dones] = 0
 
@@ -354,7 +356,7 @@ class PrioritizedReplayBuffer:
         self.actions[i], self.rewards[i], self.terminations[i] = actions, rewards, terminations
         self.ages[i] = age
         before, broken = i - self.num_envs, (i + (self.stack - 1) * self.num_envs) % self.size
-        self.tree.update(broken, 0.0)  # its stack began in row i; those between broke before it
+        self.tree.update(broken, 0.0)  # its stack began in row i; nearer ones broke before
         self.tree.update(before % self.size, self.largest * (self.actions[before] >= 0))
         self.next_row[n] = (i + self.num_envs) % self.size
         self.next_age[n] = np.minimum(age + 1, self.stack)
@@ -383,7 +385,7 @@ class PrioritizedReplayBuffer:
         return Batch(*map(torch.from_numpy, parts))
 
     def state_dict(self) -> dict[str, Any]:
-        written = max(self.filled, self.num_envs)
+        written = max(self.filled, self.num_envs)  # next_row is whole, even before the first
         arrays = {name: torch.from_numpy(getattr(self, name)[:written]) for name in self.ARRAYS}
         return arrays | {"filled": self.filled}
 
@@ -465,7 +467,7 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes, stacks and resets the pictures.
 
     Observations: 4 grey frames, 84 x 84 bytes, each the pixel-wise maximum of the last two of 4
-    emulated ones; zero before the start, which is after FIRE and up to 30 no-ops. Rewards are the
+    emulated ones; zero before the first, taken after FIRE and up to 30 no-ops. Rewards are the
     game's own. `lives` counts what is left.
     """
 
@@ -619,7 +621,7 @@ def train(args: Args) -> None:
                 terminations = terminations | (args.episodic_life & (lives < before) & ~dones)
             buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
 
-            for _ in range(args.num_envs):  # the clocks tick once a step of each environment
+            for _ in range(args.num_envs):  # a tick for each environment's step
                 global_step += 1
                 learns = global_step >= args.learning_starts and buffer.filled > args.num_envs
                 if learns and global_step % args.train_frequency == 0:

@@ -104,8 +104,8 @@ class Args:
         "epsilon_end": (0.05, 0.1),
         "exploration_steps": (20_000, 1_000_000),
     }
-    """What a flag is that is not given: for vectors, and on Atari, where algorithm and network are
-    the paper's, except that 10M steps are a fifth of its training."""
+    """Of flags that are not given: for vectors, and on Atari, where they are the paper's, but for
+    the deviations above and for 10M steps, which are a fifth."""
 
     # Run
     seed: Count = 1
@@ -146,7 +146,8 @@ class Args:
     num_envs: Count = 1
     """Environments stepped together in this process."""
     sticky_actions: float = 0.0
-    """Atari: probability that a frame repeats the last action (arXiv:1709.06009 takes 0.25)."""
+    """Atari: probability that a frame repeats the last action: 0 as in the paper, where Gymnasium
+    takes 0.25 (arXiv:1709.06009)."""
     clip_rewards: bool = True
     """Atari: learn from rewards clipped to [-1, 1]; logged returns are the game's own."""
     episodic_life: bool = True
@@ -156,13 +157,13 @@ class Args:
     learning_rate: float | None = None
     """Step size of the optimizer; by default 1e-3, on Atari 2.5e-4."""
     anneal_lr: bool | None = None
-    """Lower the learning rate linearly to 0 at the end (False: keep it); by default yes, on Atari
-    no."""
+    """Lower the learning rate linearly to 0 at the end, once every --log-frequency (False: keep
+    it); by default yes, on Atari no."""
     optimizer: Literal["adam", "rmsprop"] | None = None
     """By default adam, on Atari rmsprop (centred, as in the paper)."""
     loss: Literal["huber", "squared"] | None = None
-    """Of the TD error. huber: its gradient is the error clipped to [-1, 1]; squared: twice it. By
-    default squared, on Atari huber."""
+    """Of the TD error. huber: its gradient is the error clipped to [-1, 1]; squared: twice the
+    error. By default squared, on Atari huber."""
     gamma: float = 0.99
     """Discount factor per environment step."""
     buffer_size: Count | None = None
@@ -170,7 +171,7 @@ class Args:
     learning_starts: Count | None = None
     """Environment steps before the first gradient step; by default 1_000, on Atari 50_000."""
     train_frequency: Count = 4
-    """Environment steps for each gradient step."""
+    """Environment steps per gradient step."""
     batch_size: Count | None = None
     """Transitions per gradient step; by default 128, on Atari 32."""
     target_frequency: Count | None = None
@@ -263,14 +264,15 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """The newest transitions: actions[i], taken in obs[i], led to rewards[i] and next_obs[i].
 
-    A ring of rows, in turn of each environment: row i + num_envs follows row i, and environment n
+    A ring of rows, interleaved by environment: row i + num_envs follows row i, and environment n
     writes next_row[n], over its oldest. An observation is one frame, or a stack of the newest ones.
     frames[i] is the newest of obs[i], and that of next_obs[i] is in the row that follows; after a
-    termination this is another episode's, but then no target looks at it. The last frame of an
+    termination it may be another episode's, but then no target looks at it. The last frame of an
     episode that a time limit cut does matter: it takes a row without a transition, of action -1.
     ages[i] counts the frames before frames[i] in its episode, up to the size of a stack; where a
-    stack would reach further back it is zero. drawable[i] says that i is a transition, that its
-    next frame is there and its stack not overwritten. `filled` is the first row never written.
+    stack would reach further back it is zero. next_age[n] is the age of what comes to next_row[n].
+    drawable[i] says that i is a transition, that its next frame is there and its stack not
+    overwritten. No row from `filled` on has been written.
 
     Shapes: (size, ...) for what is a row's, (num_envs,) for next_row and next_age.
     """
@@ -290,7 +292,7 @@ class ReplayBuffer:
     def add(self, obs, actions, rewards, next_obs, terminations, dones) -> None:
         """Take in one step of all environments. Shapes: (num_envs, ...)."""
         self.write(np.arange(self.num_envs), obs, actions, rewards, terminations)
-        if len(cut := np.flatnonzero(dones & ~terminations)):  # a lost life is no end
+        if len(cut := np.flatnonzero(dones & ~terminations)):  # by a time limit
             self.write(cut, next_obs[cut], -1, 0, 0)
         self.next_age[dones] = 0
 
@@ -301,7 +303,7 @@ class ReplayBuffer:
         self.actions[i], self.rewards[i], self.terminations[i] = actions, rewards, terminations
         self.ages[i] = age
         before, broken = i - self.num_envs, (i + (self.stack - 1) * self.num_envs) % self.size
-        self.drawable[broken] = False  # its stack began in row i; those between broke before it
+        self.drawable[broken] = False  # its stack began in row i; nearer ones broke before
         self.drawable[before] = self.actions[before] >= 0  # its next frame is there now
         self.next_row[n] = (i + self.num_envs) % self.size
         self.next_age[n] = np.minimum(age + 1, self.stack)
@@ -325,7 +327,7 @@ class ReplayBuffer:
         return Batch(*map(torch.from_numpy, parts))
 
     def state_dict(self) -> dict[str, Any]:
-        written = max(self.filled, self.num_envs)
+        written = max(self.filled, self.num_envs)  # next_row is whole, even before the first
         arrays = {name: torch.from_numpy(getattr(self, name)[:written]) for name in self.ARRAYS}
         return arrays | {"filled": self.filled}
 
@@ -384,7 +386,7 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes, stacks and resets the pictures.
 
     Observations: 4 grey frames, 84 x 84 bytes, each the pixel-wise maximum of the last two of 4
-    emulated ones; zero before the start, which is after FIRE and up to 30 no-ops. Rewards are the
+    emulated ones; zero before the first, taken after FIRE and up to 30 no-ops. Rewards are the
     game's own. `lives` counts what is left.
     """
 
@@ -537,7 +539,7 @@ def train(args: Args) -> None:
                 terminations = terminations | (args.episodic_life & (lives < before) & ~dones)
             buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
 
-            for _ in range(args.num_envs):  # the clocks tick once a step of each environment
+            for _ in range(args.num_envs):  # a tick for each environment's step
                 global_step += 1
                 learns = global_step >= args.learning_starts and buffer.filled > args.num_envs
                 if learns and global_step % args.train_frequency == 0:

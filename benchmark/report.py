@@ -120,13 +120,18 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
 
 
+def steps(count: int) -> str:
+    return f"{count / 1e6:g}M" if count >= 1_000_000 else f"{count / 1e3:g}k"
+
+
 def published_cell(row: Row, label: str, sources: list[str]) -> str:
     """A published result with a reference to its source, which is added to `sources`."""
     found = references().get((ALGORITHMS.get(row.script, row.script), row.env_id, label))
     if not found:
         return ""
     seeds = f", {found['seeds']} seeds" if found["seeds"] else ""
-    note = "{published_env}: {metric}".format(**found) + f"{seeds}; {found['source']}"
+    note = "{published_env}, {} steps: {metric}".format(steps(int(found["steps"])), **found)
+    note += f"{seeds}; {found['source']}"
     sources += [note] if note not in sources else []
     spread = f" ± {number(float(found['std']))}" if found["std"] else ""
     return f"{number(float(found['mean']))}{spread} [{sources.index(note) + 1}]"
@@ -135,9 +140,9 @@ def published_cell(row: Row, label: str, sources: list[str]) -> str:
 def table(rows: list[Row]) -> str:
     """Final evaluations of one script beside published numbers, as Markdown."""
     lines = [
-        f"| `{rows[0].script}.py` | mean ± std | IQM [95 % interval] | seeds | best published |"
-        " CleanRL |",
-        "|---|---|---|---|---|---|",
+        f"| `{rows[0].script}.py` | steps | mean ± std | IQM [95 % interval] | seeds |"
+        " best published | CleanRL |",
+        "|---|---|---|---|---|---|---|",
     ]
     sources: list[str] = []
     for row in rows:
@@ -155,9 +160,8 @@ def table(rows: list[Row]) -> str:
             reference = references().get((ALGORITHMS.get(row.script), row.env_id, "best"))
             if reference and row.finals.mean() >= float(reference["mean"]):
                 ours = f"**{ours}**"
-        lines.append(
-            f"| {row.env_id}{row.label} | {ours} | {middle} | {seeds} | {best} | {cleanrl} |"
-        )
+        cells = [row.env_id + row.label, steps(row.arguments["total_timesteps"]), ours, middle]
+        lines.append(f"| {' | '.join([*cells, seeds, best, cleanrl])} |")
     notes = [f"[{n}] {text}  " for n, text in enumerate(sources, 1)]
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
 

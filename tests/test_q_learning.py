@@ -352,7 +352,7 @@ def test_ablations_learn(tmp_path, extra):
 
 
 def test_what_was_drawn_gets_new_priorities_and_weights(tmp_path):
-    """Reward 100, Q about 0: the first step of 16 at 50 of 1, the second at 100, most of 100^0.2."""
+    """Reward 100, Q about 0. Gradient steps at 50 and 100: p^alpha is 1, then mostly 100^0.2."""
     learn("double_dqn_per", tmp_path, "DiscreteHundred", "--total-timesteps", 100, "--num-envs", 1,
           "--log-frequency", 50, "--learning-starts", 50, "--train-frequency", 50,
           "--batch-size", 16, "--learning-rate", 1e-9, "--priority-alpha", 0.2,

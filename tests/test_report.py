@@ -113,9 +113,10 @@ def test_a_table_by_hand(tmp_path):
     make(tmp_path / "runs", out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     cells = [cell.strip() for cell in rows_of(text)[0].split("|")]
-    assert cells[2] == "400 ± 354" and cells[3].startswith("300 [") and cells[4] == "5"
-    assert cells[5].startswith("2761 ± 927 [1]") and cells[6].startswith("2383 ± 272 [2]")
-    assert "[1] Hopper-v2: best mean score over training evaluations, 3 seeds; nnabla-rl" in text
+    assert cells[2] == "1k" and cells[3] == "400 ± 354" and cells[4].startswith("300 [")
+    assert cells[5] == "5" and cells[6].startswith("2761 ± 927 [1]")
+    assert cells[7].startswith("2383 ± 272 [2]")
+    assert "[1] Hopper-v2, 1M steps: best mean score over training evaluations, 3 seeds; " in text
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
 
 
