@@ -129,7 +129,8 @@ def published_cell(row: Row, label: str, sources: list[str]) -> str:
     found = references().get((ALGORITHMS.get(row.script, row.script), row.env_id, label))
     if not found:
         return ""
-    seeds = f", {found['seeds']} seeds" if found["seeds"] else ""
+    plural = "" if found["seeds"] == "1" else "s"
+    seeds = f", {found['seeds']} seed{plural}" if found["seeds"] else ""
     note = "{published_env}, {} steps: {metric}".format(steps(int(found["steps"])), **found)
     note += f"{seeds}; {found['source']}"
     sources += [note] if note not in sources else []
