@@ -102,10 +102,11 @@ class Args:
         "loss": ("squared", "huber"),
         "buffer_size": (50_000, 1_000_000),
         "learning_starts": (1_000, 50_000),
+        "train_frequency": (2, 4),
         "batch_size": (128, 32),
         "priority_alpha": (0.4, 0.6),
         "target_frequency": (4, 30_000),
-        "tau": (0.02, 1.0),
+        "tau": (0.01, 1.0),
         "epsilon_end": (0.05, 0.01),
         "exploration_steps": (20_000, 1_000_000),
     }
@@ -183,15 +184,15 @@ class Args:
     """Transitions in the replay memory; by default 50_000, on Atari 1_000_000 (7 GB)."""
     learning_starts: Count | None = None
     """Environment steps before the first gradient step; by default 1_000, on Atari 50_000."""
-    train_frequency: Count = 4
-    """Environment steps per gradient step."""
+    train_frequency: Count | None = None
+    """Environment steps per gradient step; by default 2, on Atari 4."""
     batch_size: Count | None = None
     """Transitions per gradient step; by default 128, on Atari 32."""
     target_frequency: Count | None = None
     """Environment steps between updates of the target network; by default 4, on Atari 30_000."""
     tau: float | None = None
     """Share of the network in an update of its target: 1 copies, less is Polyak averaging; by
-    default 0.02, on Atari 1."""
+    default 0.01, on Atari 1."""
     epsilon_start: float = 1.0
     """Probability of a random action at the start."""
     epsilon_end: float | None = None

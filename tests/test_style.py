@@ -20,6 +20,8 @@ FIELD_VARIANTS: dict[str, str] = {
     "total_timesteps": "Q-learning: the default depends on the environment",
     "learning_rate": "Q-learning: the default depends on the environment",
     "anneal_lr": "Q-learning: the default depends on the environment",
+    "train_frequency": "names its defaults",
+    "tau": "names its defaults",
     "device": "Q-learning: the default depends on the environment",
     "target_frequency": "names its defaults",
     "epsilon_end": "names its defaults",
