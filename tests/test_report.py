@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,6 +239,11 @@ def test_scores_are_compared_within_a_kind_of_environments(tmp_path):
     assert "Over 2 environments (Hopper-v5, Reacher-v5)" in text
     assert "Over 2 environments (Acrobot-v1, LunarLander-v3)" in text
     assert "beats one of Y" not in text
+
+
+def test_an_environment_of_two_suites_counts_once():
+    rows = [SimpleNamespace(env_id=name) for name in ("ALE/Pong-v5", "Hopper-v5", "Mine-v0")]
+    assert report.families(rows) == [[rows[0]], [rows[1]], [rows[2]]]
 
 
 # ---- The committed results -----------------------------------------------------------------------
