@@ -143,7 +143,7 @@ def test_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "no suite nowhere: there are atari, classic, mujoco, smoke"),
+        (["nowhere"], "no suite nowhere: there are atari, classic, mujoco, pong, smoke"),
         (["SUITE", "--scripts", "sac2"], "--scripts sac2"),
         (["SUITE", "--scripts", "not_yet"], "there is no"),
         (["SUITE", "--env-ids", "NoSuchEnv-v0"], "NoSuchEnv"),
