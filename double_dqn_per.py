@@ -1,38 +1,36 @@
 """Double DQN with prioritised experience replay, complete in this one file.
 
-Deep Q-learning (Mnih et al. 2015) with two changes. Its target is the maximum of noisy estimates,
-too high on average: here one network chooses the next action and another says what it is worth.
-And transitions are not drawn uniformly but the more often, the more wrong Q was about them, with
-importance weights against the bias of that. van Hasselt et al. 2016, arXiv:1509.06461 (A), and
-Schaul et al. 2016, arXiv:1511.05952 (B); --no-double and --no-prioritized leave either out.
+Deep Q-learning (Mnih et al. 2015) with two changes. The maximum of noisy estimates is too high on
+average: here one network chooses the next action, and the other says what it is worth. And
+transitions are not sampled uniformly: the more Q was wrong about one, the more often it is sampled,
+and importance weights correct the bias that this brings. van Hasselt et al. 2016, arXiv:1509.06461
+(A), and Schaul et al. 2016, arXiv:1511.05952 (B); --no-double or --no-prioritized leaves one out.
 
     for each step:
         with probability epsilon a random action, otherwise the argmax of Q(s, a)
-        store (s, a, r, s') in the replay memory D, with the largest p so far  (B, Algorithm 1)
+        store (s, a, r, s') in the replay memory D, with the largest p so far     (B, Algorithm 1)
         every train_frequency steps:
-            draw k of the N transitions, P(i) = p_i^alpha / sum of p^alpha     (B, eq. 1)
-                one from each of k equal ranges of the sum                     (B, appendix B.2.1)
-            w_i = (N P(i))^-beta / max w                                       (B, section 3.4)
-            y = r, if s' is terminal, else r + gamma Q_target(s', argmax_a' Q(s', a'))  (A, eq. 4)
+            sample k of the N transitions, P(i) = p_i^alpha / sum of p^alpha      (B, eq. 1)
+            w_i = (N P(i))^-beta / max w                                          (B, section 3.4)
+            y = r, if s' is terminal, else r + gamma Q_target(s', argmax_a' Q(s', a'))         (A)
             one gradient step on the mean of w huber(y - Q(s, a))
-            p_i = |y - Q(s, a)| before that step, and a little                 (B, section 3.3)
+            p_i = |y - Q(s, a)| before that step, plus a small constant           (B, section 3.3)
         every target_frequency steps: Q_target = Q
 
     python double_dqn_per.py --env-id CartPole-v1 --seed 1
     python double_dqn_per.py --env-id ALE/Pong-v5 --seed 1
 
 Deviations from the papers:
-- A time limit is no terminal state: the target bootstraps through it (arXiv:1712.00378).
-- The maximum of the weights is that of the minibatch; priorities come from unclipped TD errors.
-- The loss is the mean over the minibatch, where the papers' code sums; RMSProp's constant, 0.01
-  inside of the root, makes up for that: sqrt(0.01) / batch_size outside of it, as in PyTorch.
+- A time limit does not end the task: the target uses the value of s' there (arXiv:1712.00378).
+- Weights are divided by the largest of the minibatch; priorities use TD errors without clipping.
+- The loss is the mean over the minibatch, where the papers' code sums. RMSProp's constant makes up
+  for that: 0.01 inside the root there, sqrt(0.01) / batch_size outside the root here.
 - The tuned network of (A) shares one bias between all actions; this one does not.
-- Vector observations get a small fully connected network, Adam, whose learning rate falls to 0, a
-  target network that follows in small steps, and the squared loss: where rewards are not clipped,
-  huber's clipped gradient lets rare failures, whose errors are large, count too little, and Q
-  grows too high.
-- A game begins with FIRE, where it has that button, before the papers' random number of no-ops.
-- Epsilon falls from the first step on, not the first update; in evaluations it is 0.
+- With vector observations: a small network, Adam with a learning rate that falls to 0, a target
+  network that follows in small steps, and the squared loss: huber's clipped gradient counts the
+  large errors of rare failures too little where rewards are not clipped.
+- Games begin with FIRE, if they have it, before the random number of no-ops. Epsilon falls from the
+  first step on, not from the first gradient step; in evaluations it is 0.
 """
 
 from __future__ import annotations
@@ -50,7 +48,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -65,64 +62,82 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 
-def require(args: Any, names: str, allowed: Callable[[Any], bool], text: str) -> None:
-    """Check fields of the arguments. Raises: ValueError, which tyro reports with exit code 2."""
-    for name in names.split():
-        if not allowed(value := getattr(args, name)):
-            raise ValueError(f"--{name.replace('_', '-')} must be {text}, got {value}")
+class Default:
+    """Default of a flag as (vectors, Atari). Atari values are the paper's, except as listed above
+    and for total_timesteps, a fifth of it."""
 
+    def __init__(self, vectors: Any, atari: Any) -> None:
+        self.vectors, self.atari = vectors, atari
 
-def parse_count(text: str) -> int:
-    """Read a whole number that may be written 1000000, 1_000_000 or 1e6."""
-    if not float(text).is_integer():
-        raise ValueError(f"not a whole number: {text}")
-    return int(float(text)) if "e" in text.lower() or "." in text else int(text)
-
-
-Count = Annotated[
-    int,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT",
-        instance_from_str=lambda texts: parse_count(texts[0]),
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
+    def __set_name__(self, owner: type, name: str) -> None:
+        texts = [f"{x:_}" if type(x) is int else str(x) for x in (self.vectors, self.atari)]
+        text = tyro.conf.arg(help_behavior_hint=f"(default: {texts[0]}; on Atari {texts[1]})")
+        owner.__annotations__[name] = Annotated[owner.__annotations__[name], text]
 
 
 @dataclass(frozen=True)
 class Args:
-    DEFAULTS: ClassVar[dict[str, tuple[Any, Any]]] = {
-        "total_timesteps": (500_000, 10_000_000),
-        "device": ("cpu", "auto"),
-        "learning_rate": (1e-3, 6.25e-5),
-        "anneal_lr": (True, False),
-        "optimizer": ("adam", "rmsprop"),
-        "loss": ("squared", "huber"),
-        "buffer_size": (50_000, 1_000_000),
-        "learning_starts": (1_000, 50_000),
-        "train_frequency": (2, 4),
-        "batch_size": (128, 32),
-        "priority_alpha": (0.4, 0.6),
-        "target_frequency": (4, 30_000),
-        "tau": (0.01, 1.0),
-        "epsilon_end": (0.05, 0.01),
-        "exploration_steps": (20_000, 1_000_000),
-    }
-    """Of flags that are not given: for vectors, and on Atari, where they are the paper's, but for
-    the deviations above and for 10M steps, which are a fifth."""
+    # Algorithm
+    double: bool = True
+    """The trained network chooses the next action of the target (arXiv:1509.06461)."""
+    prioritized: bool = True
+    """Sample transitions by priority (arXiv:1511.05952); otherwise all have the same priority."""
+    priority_alpha: float = Default(0.4, atari=0.6)
+    """Exponent of the priorities: 0 samples uniformly."""
+    priority_beta: float = 0.4
+    """Exponent of the importance weights; rises from here to 1 at the end."""
+    learning_rate: float = Default(1e-3, atari=6.25e-5)
+    """Step size of the optimizer at the start."""
+    anneal_lr: bool = Default(True, atari=False)
+    """Lower the learning rate linearly to 0 at the end."""
+    optimizer: Literal["adam", "rmsprop"] = Default("adam", atari="rmsprop")
+    """Optimizer; rmsprop is centred, as in the paper."""
+    loss: Literal["huber", "squared"] = Default("squared", atari="huber")
+    """Loss of the TD error; the gradient of huber is the error clipped to [-1, 1]."""
+    gamma: float = 0.99
+    """Discount factor per environment step."""
+    buffer_size: Count = Default(50_000, atari=1_000_000)
+    """Transitions in the replay memory; on Atari a million take 7 GB."""
+    learning_starts: Count = Default(1_000, atari=50_000)
+    """Environment steps before the first gradient step."""
+    train_frequency: Count = Default(2, atari=4)
+    """Environment steps per gradient step."""
+    batch_size: Count = Default(128, atari=32)
+    """Transitions per gradient step."""
+    target_frequency: Count = Default(4, atari=30_000)
+    """Environment steps between updates of the target network."""
+    tau: float = Default(0.01, atari=1.0)
+    """Share of the network in an update of its target: 1 copies it, less is Polyak averaging."""
+    epsilon_start: float = 1.0
+    """Probability of a random action at the start."""
+    epsilon_end: float = Default(0.05, atari=0.01)
+    """Probability of a random action after --exploration-steps."""
+    exploration_steps: Count = Default(20_000, atari=1_000_000)
+    """Environment steps over which epsilon falls."""
+    log_frequency: Count = 1000
+    """Environment steps between lines of metrics, which are this script's iterations."""
+
+    # Environment
+    env_id: str = "CartPole-v1"
+    """Gymnasium environment; "module:Name-v0" imports the module first, "ALE/Name-v5" is Atari."""
+    num_envs: Count = 1
+    """Environments stepped together in this process."""
+    sticky_actions: float = 0.0
+    """Atari: probability that a frame repeats the last action. The paper has 0, Gymnasium 0.25."""
+    clip_rewards: bool = True
+    """Atari: learn from rewards clipped to [-1, 1]; logged returns are the game's own."""
+    episodic_life: bool = True
+    """Atari: learn as if a lost life ended the episode; the game goes on."""
 
     # Run
     seed: Count = 1
     """Seed of everything random; a run repeats exactly on the same machine and threads."""
-    total_timesteps: Count | None = None
-    """Environment steps over all environments together, rounded up to whole --log-frequency; by
-    default 500_000, on Atari 10_000_000."""
-    run_dir: str | None = None
+    total_timesteps: Count = Default(500_000, atari=10_000_000)
+    """Environment steps over all environments together; rounded up to whole iterations."""
+    run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
-    device: Literal["auto", "cpu", "cuda", "mps"] | None = None
-    """Where the networks live; by default cpu, on Atari auto, which is a GPU if there is one."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = Default("cpu", atari="auto")
+    """Where the networks live. auto: a GPU if there is one; small networks run faster on a CPU."""
     torch_threads: Count = 1
     """CPU threads of torch; small networks gain nothing from a second one."""
     compile: bool = False
@@ -131,105 +146,29 @@ class Args:
     """Log to Weights & Biases too; without key or network into the run folder, to sync later."""
     wandb_project_name: str = "deep-rl"
     """Weights & Biases project."""
-    wandb_entity: str | None = None
+    wandb_entity: Text = None
     """Weights & Biases team or user; by default your own."""
     capture_video: bool = False
     """Record the first episode of every evaluation in the run folder's videos/."""
     checkpoint_frequency: Count = 100_000
     """Environment steps between checkpoints; 0: only at the end and when interrupted."""
-    resume: str | None = None
-    """Run folder to go on with, exactly from its checkpoint and with its arguments."""
-    evaluate: str | None = None
+    resume: Text = None
+    """Run folder to continue, exactly from its checkpoint and with its arguments."""
+    evaluate: Text = None
     """Run folder whose checkpoint to evaluate; trains nothing and writes nothing but videos."""
     eval_frequency: Count = 0
     """Environment steps between evaluations; 0: only at the end."""
     eval_episodes: Count = 10
     """Whole episodes per evaluation, played with the deterministic policy."""
 
-    # Environment
-    env_id: str = "CartPole-v1"
-    """Gymnasium environment; "module:Name-v0" imports the module first, "ALE/Name-v5" is Atari."""
-    num_envs: Count = 1
-    """Environments stepped together in this process."""
-    sticky_actions: float = 0.0
-    """Atari: probability that a frame repeats the last action: 0 as in the paper, where Gymnasium
-    takes 0.25 (arXiv:1709.06009)."""
-    clip_rewards: bool = True
-    """Atari: learn from rewards clipped to [-1, 1]; logged returns are the game's own."""
-    episodic_life: bool = True
-    """Atari: learn as if a lost life ended the episode; the game goes on."""
-
-    # Algorithm
-    double: bool = True
-    """The online network chooses the next action of the target (arXiv:1509.06461)."""
-    prioritized: bool = True
-    """Draw transitions by priority (arXiv:1511.05952); without, uniformly."""
-    priority_alpha: float | None = None
-    """Exponent of the priorities: 0 draws uniformly; by default 0.4, on Atari 0.6."""
-    priority_beta: float = 0.4
-    """Exponent of the importance weights; rises from here to 1 at --total-timesteps."""
-    learning_rate: float | None = None
-    """Step size of the optimizer; by default 1e-3, on Atari 6.25e-5."""
-    anneal_lr: bool | None = None
-    """Lower the learning rate linearly to 0 at the end, once every --log-frequency (False: keep
-    it); by default yes, on Atari no."""
-    optimizer: Literal["adam", "rmsprop"] | None = None
-    """By default adam, on Atari rmsprop (centred, as in the paper)."""
-    loss: Literal["huber", "squared"] | None = None
-    """Of the TD error. huber: its gradient is the error clipped to [-1, 1]; squared: twice the
-    error. By default squared, on Atari huber."""
-    gamma: float = 0.99
-    """Discount factor per environment step."""
-    buffer_size: Count | None = None
-    """Transitions in the replay memory; by default 50_000, on Atari 1_000_000 (7 GB)."""
-    learning_starts: Count | None = None
-    """Environment steps before the first gradient step; by default 1_000, on Atari 50_000."""
-    train_frequency: Count | None = None
-    """Environment steps per gradient step; by default 2, on Atari 4."""
-    batch_size: Count | None = None
-    """Transitions per gradient step; by default 128, on Atari 32."""
-    target_frequency: Count | None = None
-    """Environment steps between updates of the target network; by default 4, on Atari 30_000."""
-    tau: float | None = None
-    """Share of the network in an update of its target: 1 copies, less is Polyak averaging; by
-    default 0.01, on Atari 1."""
-    epsilon_start: float = 1.0
-    """Probability of a random action at the start."""
-    epsilon_end: float | None = None
-    """Probability of a random action after --exploration-steps; by default 0.05, on Atari 0.01."""
-    exploration_steps: Count | None = None
-    """Environment steps over which epsilon falls; by default 20_000, on Atari 1_000_000."""
-    log_frequency: Count = 1000
-    """Environment steps between lines of metrics; Ctrl-C waits for the next."""
-
     @property
     def atari(self) -> bool:
         """Whether the environment is a game, played from its pictures."""
         return self.env_id.startswith("ALE/")
 
-    @property
-    def iteration_steps(self) -> int:
-        """Environment steps per iteration: --log-frequency, in whole steps of all environments."""
-        return -(-self.log_frequency // self.num_envs) * self.num_envs
-
     def __post_init__(self) -> None:
-        for name, default in self.DEFAULTS.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default[self.atari])
-        counts = "total_timesteps num_envs buffer_size train_frequency batch_size target_frequency"
-        counts += " exploration_steps log_frequency eval_episodes torch_threads"
-        require(self, counts, lambda x: x >= 1, "at least 1")
-        frequencies = "checkpoint_frequency eval_frequency learning_starts"
-        require(self, frequencies, lambda x: x >= 0, "0 or more")
-        require(self, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
-        unit = "gamma epsilon_start epsilon_end sticky_actions priority_alpha priority_beta"
-        require(self, unit, lambda x: 0 <= x <= 1, "between 0 and 1")
-        require(self, "tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
-        require(self, "learning_rate", lambda x: 0 < x < math.inf, "above 0")
-        require(self, "resume evaluate", lambda x: x != "", "the path of a run folder")
-        require(self, "evaluate", lambda x: x is None or self.resume is None, "without --resume")
-        least = 8 * self.num_envs
-        require(self, "buffer_size", lambda x: x >= least, f"at least 8 * num_envs = {least}")
+        resolve_defaults(self)
+        check_args(self)
 
 
 # ---- Networks ------------------------------------------------------------------------------------
@@ -256,158 +195,17 @@ class AtariQNetwork(nn.Module):
             nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
             nn.Linear(512, num_actions),
         )
-        self.to(memory_format=torch.channels_last)  # as obs below: faster convolutions
+        self.to(memory_format=torch.channels_last)  # convolutions are faster in this layout
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.layers(obs.contiguous(memory_format=torch.channels_last) / 255)
 
 
-# ---- Replay memory -------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """Transitions for one gradient step. Shapes: (B, ...)."""
-
-    obs: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_obs: Tensor
-    terminations: Tensor
-
-
-class SumTree:
-    """Numbers as leaves of a tree in which every node is the sum of its WIDTH children.
-
-    Changing some, or finding where their cumulative sum passes given values, takes one step per
-    level for a whole batch at once; three levels hold 2 million. Source: Schaul et al.
-    2016, appendix B.2.1, with more children a node.
-    """
-
-    WIDTH = 128
-
-    def __init__(self, size: int) -> None:
-        self.levels = [np.zeros((-(-size // self.WIDTH), self.WIDTH))]  # leaves; parents go before
-        while (nodes := len(self.levels[0])) > 1:
-            self.levels.insert(0, np.zeros((-(-nodes // self.WIDTH), self.WIDTH)))
-        self.leaves = self.levels[-1].reshape(-1)
-
-    def update(self, indices: np.ndarray, numbers: np.ndarray | float) -> None:
-        """Set the numbers at these indices. Shapes: (B,)."""
-        for level in reversed(self.levels):
-            level.reshape(-1)[indices] = numbers
-            indices = indices // self.WIDTH
-            numbers = level[indices].sum(1)
-
-    def find(self, sums: np.ndarray) -> np.ndarray:
-        """First indices whose cumulative sum is above these. Shapes: (B,) in [0, total) -> (B,)."""
-        indices = np.zeros(len(sums), np.int64)
-        for level in self.levels:
-            above = level[indices].cumsum(1)
-            sums = np.minimum(sums, np.nextafter(above[:, -1], 0))  # rounding must not pass the end
-            child = (above <= sums[:, None]).sum(1)
-            indices = indices * self.WIDTH + child
-            sums = sums - np.where(child > 0, above[np.arange(len(child)), child - 1], 0)
-        return indices
-
-
-class PrioritizedReplayBuffer:
-    """The newest transitions: actions[i], taken in obs[i], led to rewards[i] and next_obs[i].
-
-    A ring of rows, interleaved by environment: row i + num_envs follows row i, and environment n
-    writes next_row[n], over its oldest. An observation is one frame, or a stack of the newest ones.
-    frames[i] is the newest of obs[i], and that of next_obs[i] is in the row that follows; after a
-    termination it may be another episode's, but then no target looks at it. The last frame of an
-    episode that a time limit cut does matter: it takes a row without a transition, of action -1.
-    ages[i] counts the frames before frames[i] in its episode, up to the size of a stack; where a
-    stack would reach further back it is zero. next_age[n] is the age of what comes to next_row[n].
-    numbers[i] is p^alpha if i is a transition, its next frame there and its stack not overwritten,
-    else 0; `largest` is the largest yet, from 1 on. No row from `filled` on has been written.
-
-    Shapes: (size, ...) for what is a row's, with numbers padded by zeros to whole nodes of the
-    tree, (num_envs,) for next_row and next_age, (1,) for largest.
-    """
-
-    ARRAYS = "frames actions rewards terminations ages next_row next_age numbers largest".split()
-
-    def __init__(
-        self, size: int, num_envs: int, obs_shape: tuple[int, ...], stacked: bool, alpha: float
-    ) -> None:
-        self.size, self.num_envs, self.filled = size // num_envs * num_envs, num_envs, 0
-        self.obs_shape, self.stack = obs_shape, obs_shape[0] if stacked else 1
-        frame_shape, dtype = (obs_shape[1:], np.uint8) if stacked else (obs_shape, np.float32)
-        self.frames = np.zeros((self.size, *frame_shape), dtype)  # takes memory when written to
-        self.actions = np.full(self.size, -1)
-        self.rewards, self.terminations = np.zeros((2, self.size), np.float32)
-        self.ages, self.alpha = np.zeros(self.size, np.uint8), alpha
-        self.next_row, self.next_age = np.arange(num_envs), np.zeros(num_envs, np.int64)
-        self.tree, self.largest = SumTree(self.size), np.ones(1)
-        self.numbers = self.tree.leaves
-
-    def add(self, obs, actions, rewards, next_obs, terminations, dones) -> None:
-        """Take in one step of all environments. Shapes: (num_envs, ...)."""
-        self.write(np.arange(self.num_envs), obs, actions, rewards, terminations)
-        if len(cut := np.flatnonzero(dones & ~terminations)):  # by a time limit
-            self.write(cut, next_obs[cut], -1, 0, 0)
-        self.next_age[dones] = 0
-
-    def write(self, n, obs, actions, rewards, terminations) -> None:
-        """Write a row of each of the environments n."""
-        i, age = self.next_row[n], self.next_age[n]
-        self.frames[i] = obs[:, -1] if self.stack > 1 else obs
-        self.actions[i], self.rewards[i], self.terminations[i] = actions, rewards, terminations
-        self.ages[i] = age
-        before, broken = i - self.num_envs, (i + (self.stack - 1) * self.num_envs) % self.size
-        self.tree.update(broken, 0.0)  # its stack began in row i; nearer ones broke before
-        self.tree.update(before % self.size, self.largest * (self.actions[before] >= 0))
-        self.next_row[n] = (i + self.num_envs) % self.size
-        self.next_age[n] = np.minimum(age + 1, self.stack)
-        self.filled = max(self.filled, int(i.max()) + 1)
-
-    def draw(self, size: int) -> tuple[np.ndarray, Tensor]:
-        """Indices, one from each of `size` equal ranges of the sum, and their probabilities."""
-        total = self.tree.levels[0].sum()
-        indices = self.tree.find((np.arange(size) + np.random.random(size)) / size * total)
-        return indices, torch.from_numpy(self.numbers[indices] / total)
-
-    def set_priorities(self, indices: np.ndarray, td_errors: np.ndarray) -> None:
-        """p = |TD error| and a little more, so that it is never zero. Shapes: (B,)."""
-        numbers = (np.abs(td_errors) + 1e-6) ** self.alpha
-        self.largest = np.maximum(self.largest, numbers.max())
-        self.tree.update(indices, numbers)
-
-    def gather(self, i: np.ndarray) -> Batch:
-        """The transitions of these indices. Shapes: (B,)."""
-        back = np.arange(self.stack - 1, -2, -1)  # -1: the next frame
-        frames = self.frames[(i[:, None] - back * self.num_envs) % self.size]
-        frames[back > self.ages[i, None]] = 0
-        shape = len(i), *self.obs_shape
-        obs, next_obs = frames[:, :-1].reshape(shape), frames[:, 1:].reshape(shape)
-        parts = obs, self.actions[i], self.rewards[i], next_obs, self.terminations[i]
-        return Batch(*map(torch.from_numpy, parts))
-
-    def state_dict(self) -> dict[str, Any]:
-        written = max(self.filled, self.num_envs)  # next_row is whole, even before the first
-        arrays = {name: torch.from_numpy(getattr(self, name)[:written]) for name in self.ARRAYS}
-        return arrays | {"filled": self.filled}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.filled = state["filled"]
-        for name in self.ARRAYS:
-            getattr(self, name)[: len(state[name])] = state[name].numpy()
-        first = np.arange(0, len(self.numbers), SumTree.WIDTH)  # one a node renews all sums
-        self.tree.update(first, self.numbers[first])
-
-
-# ---- Pure functions: the mathematics of Double DQN and PER ---------------------------------------
-
-
-def linear_schedule(step: int, duration: int, start: float, end: float) -> float:
-    """From start to end in the first `duration` steps, then end."""
-    return start + (end - start) * min(1.0, step / duration)
+# ---- Mathematics of Double DQN and prioritised replay --------------------------------------------
 
 
 def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """Reward plus the discounted value of what follows; nothing follows a termination.
+    """Reward plus the discounted value of the next observation, which is 0 after a termination.
 
     Shapes: all (B,) -> (B,). Source: Mnih et al. 2015, Algorithm 1.
     """
@@ -417,7 +215,7 @@ def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma:
 def double_q_target(
     rewards: Tensor, terminations: Tensor, online_q: Tensor, target_q: Tensor, gamma: float
 ) -> Tensor:
-    """TD target whose next action the online network chooses, and the target network evaluates.
+    """TD target: the online network chooses the next action, the target network evaluates it.
 
     Shapes: rewards, terminations (B,), online_q, target_q of next_obs (B, num_actions) -> (B,).
     Source: van Hasselt et al. 2016, section "Double DQN".
@@ -435,6 +233,309 @@ def importance_weights(probabilities: Tensor, beta: float) -> Tensor:
     return weights / weights.max()
 
 
+# ---- Buffer and training -------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Transitions for one gradient step. Shapes: (B, ...)."""
+
+    obs: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_obs: Tensor
+    terminations: Tensor
+
+
+class PrioritizedReplayBuffer:
+    """The newest transitions: actions[i], taken in obs[i], led to rewards[i] and next_obs[i].
+
+    Each step stores one frame: the observation, or on Atari the newest of its four pictures. Rows
+    are used in a ring. For one environment, whose episode a was cut by a time limit:
+
+        row  frame  action  age  obs            next_obs       can be sampled
+        0    a0     2       0    0  0  0  a0    0  0  a0 a1    yes
+        1    a1     0       1    0  0  a0 a1    0  a0 a1 a2    yes
+        2    a2     -1      2                                  no: the last frame of a, no action
+        3    b0     1       0    0  0  0  b0    0  0  b0 b1    yes
+        4    b1     3       1    0  0  b0 b1                   no: the next frame is to come
+        5    (old)                                             no: next_row, overwritten next
+
+    `ages` count the earlier frames of the episode, up to the size of a stack: older ones are 0 in
+    obs. After a termination no target looks at next_obs, so it needs no row of its own. While a row
+    can be sampled, `priorities` holds p^alpha, otherwise 0. With n environments, row i + n follows
+    row i. Shapes: (size, ...) for what is a row's, where zeros pad the priorities to whole nodes of
+    the tree; (num_envs,) for next_row and next_age; (1,) for largest, the highest priority so far.
+    """
+
+    ARRAYS = "frames actions rewards terminations ages next_row next_age priorities largest".split()
+
+    def __init__(
+        self, size: int, num_envs: int, obs_shape: tuple[int, ...], stacked: bool, alpha: float
+    ) -> None:
+        self.size, self.num_envs = size // num_envs * num_envs, num_envs
+        self.obs_shape, self.stack = obs_shape, obs_shape[0] if stacked else 1
+        frame_shape, dtype = (obs_shape[1:], np.uint8) if stacked else (obs_shape, np.float32)
+        self.frames = np.zeros((self.size, *frame_shape), dtype)  # takes memory when written to
+        self.actions = np.full(self.size, -1)
+        self.rewards = np.zeros(self.size, np.float32)
+        self.terminations = np.zeros(self.size, np.float32)
+        self.ages = np.zeros(self.size, np.uint8)
+        self.tree, self.alpha = SumTree(self.size), alpha
+        self.priorities, self.largest = self.tree.levels[-1].reshape(-1), np.ones(1)
+        self.next_row = np.arange(num_envs)
+        self.next_age = np.zeros(num_envs, np.int64)  # of the frame that next_row will hold
+        self.filled = 0  # rows written at least once
+
+    def add(self, obs, actions, rewards, next_obs, terminations, dones) -> None:
+        """Add one step of all environments. Shapes: (num_envs, ...)."""
+        self.write(np.arange(self.num_envs), obs, actions, rewards, terminations)
+        cut = np.flatnonzero(dones & ~terminations)  # by a time limit
+        if len(cut):
+            self.write(cut, next_obs[cut], -1, 0, 0)
+        self.next_age[dones] = 0
+
+    def write(self, n, obs, actions, rewards, terminations) -> None:
+        """Write a row of each of the environments n."""
+        i = self.next_row[n]
+        self.frames[i] = obs[:, -1] if self.stack > 1 else obs
+        self.actions[i], self.rewards[i] = actions, rewards
+        self.terminations[i] = terminations
+        self.ages[i] = self.next_age[n]
+        overlapping = (i + (self.stack - 1) * self.num_envs) % self.size
+        self.tree.update(overlapping, 0.0)  # row i held the oldest frame of this row's stack
+        previous = (i - self.num_envs) % self.size
+        self.tree.update(previous, self.largest * (self.actions[previous] >= 0))  # now complete
+        self.next_row[n] = (i + self.num_envs) % self.size
+        self.next_age[n] = np.minimum(self.next_age[n] + 1, self.stack)
+        self.filled = max(self.filled, int(i.max()) + 1)
+
+    def sample(self, batch_size: int) -> tuple[np.ndarray, Tensor, Batch]:
+        """Indices, probabilities and transitions, one from each of k equal ranges of the sum."""
+        total = self.tree.levels[0].sum()
+        sums = (np.arange(batch_size) + np.random.random(batch_size)) / batch_size * total
+        indices = self.tree.find(sums)
+        return indices, torch.from_numpy(self.priorities[indices] / total), self.read(indices)
+
+    def set_priorities(self, indices: np.ndarray, td_errors: np.ndarray) -> None:
+        """Set p = |TD error| + 1e-6; the constant keeps it above 0. Shapes: (B,)."""
+        priorities = (np.abs(td_errors) + 1e-6) ** self.alpha
+        self.largest = np.maximum(self.largest, priorities.max())
+        self.tree.update(indices, priorities)
+
+    def read(self, i: np.ndarray) -> Batch:
+        """The transitions in these rows. Shapes: i (B,) -> (B, ...)."""
+        steps_back = np.arange(self.stack - 1, -2, -1)  # -1: the next frame
+        frames = self.frames[(i[:, None] - steps_back * self.num_envs) % self.size]
+        frames[steps_back > self.ages[i, None]] = 0
+        obs = frames[:, :-1].reshape(len(i), *self.obs_shape)
+        next_obs = frames[:, 1:].reshape(len(i), *self.obs_shape)
+        parts = obs, self.actions[i], self.rewards[i], next_obs, self.terminations[i]
+        return Batch(*map(torch.from_numpy, parts))
+
+    def state_dict(self) -> dict[str, Any]:
+        written = max(self.filled, self.num_envs)  # at least as long as next_row
+        arrays = {name: torch.from_numpy(getattr(self, name)[:written]) for name in self.ARRAYS}
+        return arrays | {"filled": self.filled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.filled = state["filled"]
+        for name in self.ARRAYS:
+            getattr(self, name)[: len(state[name])] = state[name].numpy()
+        first_children = np.arange(0, len(self.priorities), SumTree.WIDTH)
+        self.tree.update(first_children, self.priorities[first_children])  # renews all sums
+
+
+def train(args: Args) -> None:
+    # Setup
+    device = setup(args)
+    envs = make_envs(args)
+    obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
+    num_actions, first_action = int(action_space.n), int(action_space.start)
+
+    make_network = AtariQNetwork if args.atari else vector_q_network
+    q_network = make_network(obs_shape, num_actions).to(device)
+    target_network = copy.deepcopy(q_network)
+    optimizer = make_optimizer(args, q_network)
+    td_loss = nn.functional.huber_loss if args.loss == "huber" else nn.functional.mse_loss
+    buffer = make_buffer(args, obs_shape)
+
+    @torch.no_grad()
+    def greedy_actions(obs: np.ndarray) -> np.ndarray:
+        """Shapes: obs (B, ...) -> (B,)."""
+        return q_network(torch.from_numpy(obs).float().to(device)).argmax(1).cpu().numpy()
+
+    def deterministic_policy(obs: np.ndarray) -> np.ndarray:
+        return greedy_actions(obs[None])[0] + first_action
+
+    def gradient_step(obs, actions, targets, weights):
+        """Set the gradient of the loss on one minibatch."""
+        q_values = q_network(obs).gather(1, actions[:, None]).squeeze(1)
+        assert q_values.shape == targets.shape == weights.shape
+        loss = (weights * td_loss(q_values, targets, reduction="none")).mean()
+        loss.backward()
+        metrics = {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+        return metrics, (targets - q_values).detach()
+
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
+        gradient_step = torch.compile(gradient_step, fullgraph=True)
+    state = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
+    state |= {"envs": envs, "buffer": buffer}
+    run = Run(args, device, state, deterministic_policy)
+    global_step = run.restore() if args.resume or args.evaluate else 0
+    if args.evaluate:
+        run.finish()
+        return
+    run.begin()
+    obs, lives, minibatch_metrics = envs.obs, count_lives(envs), []
+    iteration_steps = math.ceil(args.log_frequency / args.num_envs) * args.num_envs
+    last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
+
+    while global_step < last_step:
+        # 1. Act
+        epsilon = linear_schedule(
+            global_step, args.exploration_steps, args.epsilon_start, args.epsilon_end
+        )
+        explore = np.random.random(args.num_envs) < epsilon
+        actions = np.random.randint(num_actions, size=args.num_envs)
+        if not explore.all():
+            actions = np.where(explore, actions, greedy_actions(obs))
+
+        # 2. Step the environments
+        last_obs = obs
+        obs, rewards, terminations, truncations, infos = envs.step(actions + first_action)
+        dones = terminations | truncations
+        next_obs = obs.copy()  # where an episode ended, obs is already the next one's first
+        if dones.any():
+            next_obs[dones] = np.stack(infos["final_obs"][dones])
+            ended = infos["final_info"]
+            run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
+        if args.atari and args.clip_rewards:  # only to learn from; logged returns are the game's
+            rewards = rewards.clip(-1, 1)
+        if args.atari and args.episodic_life:
+            last_lives, lives = lives, count_lives(envs)
+            terminations = terminations | ((lives < last_lives) & ~dones)
+        buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
+
+        # Count single steps, so that frequencies hold for any number of environments.
+        for _ in range(args.num_envs):
+            global_step += 1
+            learns = global_step >= args.learning_starts and buffer.filled > args.num_envs
+            if learns and due(global_step, args.train_frequency):
+                # 3. Targets
+                indices, probabilities, batch = buffer.sample(args.batch_size)  # B, eq. 1
+                batch = Batch(*(part.to(device) for part in batch))
+                with torch.no_grad():
+                    target_q = target_network(batch.next_obs)
+                    online_q = q_network(batch.next_obs) if args.double else target_q
+                targets = double_q_target(
+                    batch.rewards, batch.terminations, online_q, target_q, args.gamma
+                )
+                beta = linear_schedule(global_step, args.total_timesteps, args.priority_beta, 1)
+                weights = importance_weights(probabilities, beta).float().to(device)
+
+                # 4. Update
+                if args.anneal_lr:
+                    remaining = linear_schedule(global_step, args.total_timesteps, 1, 0)
+                    optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+                optimizer.zero_grad()
+                step_metrics, td_errors = gradient_step(batch.obs, batch.actions, targets, weights)
+                optimizer.step()
+                buffer.set_priorities(indices, td_errors.cpu().numpy())
+                minibatch_metrics.append(step_metrics)
+            if due(global_step, args.target_frequency):
+                polyak_update(target_network, q_network, args.tau)
+
+        # 5. Log, checkpoint, evaluate
+        if due(global_step, iteration_steps):
+            metrics = {"charts/epsilon": epsilon}
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            for name in minibatch_metrics[0] if minibatch_metrics else ():
+                metrics[name] = torch.stack([x[name] for x in minibatch_metrics]).mean().item()
+            minibatch_metrics = []
+            run.end_iteration(global_step, metrics)
+    run.finish()
+
+
+def resolve_defaults(args: Args) -> None:
+    """Replace the defaults that depend on the environment by their values."""
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, Default):
+            chosen = value.atari if args.atari else value.vectors
+            object.__setattr__(args, field.name, chosen)  # frozen from here on
+
+
+def check_args(args: Args) -> None:
+    """Raises: ValueError for values that make no sense."""
+    check_run_args(args)
+    counts = "buffer_size train_frequency batch_size target_frequency exploration_steps"
+    require(args, f"{counts} log_frequency", lambda x: x >= 1, "at least 1")
+    require(args, "learning_starts", lambda x: x >= 0, "0 or more")
+    unit = "gamma epsilon_start epsilon_end sticky_actions priority_alpha priority_beta"
+    require(args, unit, lambda x: 0 <= x <= 1, "between 0 and 1")
+    require(args, "tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
+    require(args, "learning_rate", lambda x: 0 < x < math.inf, "above 0")
+    least = 8 * args.num_envs
+    require(args, "buffer_size", lambda x: x >= least, f"at least 8 * num_envs = {least}")
+
+
+# ---- Sum tree, schedules, optimizer, target network ----------------------------------------------
+
+
+class SumTree:
+    """Priorities as leaves of a tree in which every node is the sum of its WIDTH children.
+
+    `update` and `find` take one step per level for a whole batch; three levels hold 2 million.
+    Source: Schaul et al. 2016, appendix B.2.1, where a node has two children.
+    """
+
+    WIDTH = 128
+
+    def __init__(self, size: int) -> None:
+        self.levels = [np.zeros((math.ceil(size / self.WIDTH), self.WIDTH))]  # the leaves
+        while len(self.levels[0]) > 1:  # parents go before their children
+            nodes = math.ceil(len(self.levels[0]) / self.WIDTH)
+            self.levels.insert(0, np.zeros((nodes, self.WIDTH)))
+
+    def update(self, indices: np.ndarray, priorities: np.ndarray | float) -> None:
+        """Set the leaves at these indices, and the sums above them. Shapes: (B,)."""
+        for level in reversed(self.levels):
+            level.reshape(-1)[indices] = priorities
+            indices = indices // self.WIDTH
+            priorities = level[indices].sum(1)
+
+    def find(self, sums: np.ndarray) -> np.ndarray:
+        """First indices whose cumulative sum is above these. Shapes: (B,) in [0, total) -> (B,)."""
+        indices = np.zeros(len(sums), np.int64)
+        for level in self.levels:
+            cumulative = level[indices].cumsum(1)
+            sums = np.minimum(sums, np.nextafter(cumulative[:, -1], 0))  # a guard against rounding
+            child = (cumulative <= sums[:, None]).sum(1)
+            indices = indices * self.WIDTH + child
+            sums = sums - np.where(child > 0, cumulative[np.arange(len(child)), child - 1], 0)
+        return indices
+
+
+def linear_schedule(step: int, duration: int, start: float, end: float) -> float:
+    """From start to end in the first `duration` steps, then end."""
+    return start + (end - start) * min(1.0, step / duration)
+
+
+def due(step: int, frequency: int) -> bool:
+    """Whether something that happens every `frequency` steps happens at this step."""
+    return step % frequency == 0
+
+
+def make_optimizer(args: Args, q_network: nn.Module) -> torch.optim.Optimizer:
+    """Adam, or RMSProp as in Mnih et al. 2015."""
+    parameters, learning_rate = list(q_network.parameters()), args.learning_rate
+    if args.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    eps = 0.1 / args.batch_size
+    return torch.optim.RMSprop(parameters, lr=learning_rate, alpha=0.95, eps=eps, centered=True)
+
+
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     """Move the target's parameters towards the source's by the share tau; 1 copies them."""
@@ -442,18 +543,15 @@ def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
         old.lerp_(new, tau)
 
 
-# ---- Environments --------------------------------------------------------------------------------
+# ---- Environments and replay memory --------------------------------------------------------------
 
 
 class ReplayableVectorEnv(SyncVectorEnv):
-    """Environments stepped in turn; one that ends is reset in the same step. Resumable."""
-
-    def __init__(self, env_fns: list[Callable[[], gym.Env]]) -> None:
-        super().__init__(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
+    """Environments that are stepped in turn, and whose state can be saved."""
 
     @property
     def obs(self) -> np.ndarray:
-        """What to act on next. Shapes: (num_envs, ...)."""
+        """The newest observations. Shapes: (num_envs, ...)."""
         return np.stack([env.obs for env in self.envs])
 
     def state_dict(self) -> dict[str, Any]:
@@ -464,12 +562,20 @@ class ReplayableVectorEnv(SyncVectorEnv):
             env.load_state_dict(env_state)
 
 
-class AtariGame(gym.Env):
-    """One game of ale-py's C++ vector environment, which makes, stacks and resets the pictures.
+def make_envs(args: Args) -> ReplayableVectorEnv:
+    """`num_envs` environments. One whose episode ends is reset in the same step."""
+    env_fns = [lambda: make_env(args)] * args.num_envs
+    envs = ReplayableVectorEnv(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
+    seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
+    envs.reset(seed=[int(seed) for seed in seeds])
+    return envs
 
-    Observations: 4 grey frames, 84 x 84 bytes, each the pixel-wise maximum of the last two of 4
-    emulated ones; zero before the first, taken after FIRE and up to 30 no-ops. Rewards are the
-    game's own. `lives` counts what is left.
+
+class AtariGame(gym.Env):
+    """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
+
+    Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
+    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops. `lives` counts those left.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
@@ -493,7 +599,6 @@ class AtariGame(gym.Env):
         return self.frames, float(rewards[0]), bool(terminations[0]), bool(truncations[0]), {}
 
     def render(self) -> np.ndarray:
-        """The newest frame, as the agent sees it. Shapes: (84, 84, 3)."""
         return np.repeat(self.frames[-1][:, :, None], 3, axis=2)
 
 
@@ -512,169 +617,81 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         stop(f"error: --env-id {args.env_id}: needs Discrete actions, this one has {action_space}")
     parts = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
     if not obs_space.is_np_flattenable or any(len(part.shape or ()) > 2 for part in parts):
-        needs = "vectors to observe, or a Dict, or a game such as ALE/Pong-v5"
-        stop(f"error: --env-id {args.env_id}: needs {needs}, not {obs_space}")
+        stop(f"error: --env-id {args.env_id}: needs vectors, a Dict or a game, not {obs_space}")
     if obs_space.shape is None or len(obs_space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return ReplayableEnv(env)
 
 
-def make_envs(args: Args) -> ReplayableVectorEnv:
-    """`num_envs` environments stepped together, each started with a seed of its own."""
-    envs = ReplayableVectorEnv([lambda: make_env(args)] * args.num_envs)
-    seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
-    envs.reset(seed=[int(seed) for seed in seeds])
-    return envs
+def count_lives(envs: ReplayableVectorEnv) -> np.ndarray:
+    """Lives that are left in each game; 0 where there are none to lose. Shapes: (num_envs,)."""
+    return np.array([getattr(env.unwrapped, "lives", 0) for env in envs.envs])
 
 
 def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> PrioritizedReplayBuffer:
-    """The replay memory; one that will not fit is refused now, not hours later when it fills."""
+    """The replay memory. One that will not fit is refused now, not hours later when it fills."""
     alpha = args.priority_alpha if args.prioritized else 0.0  # 0: all priorities are the same
-    few = PrioritizedReplayBuffer(1000, 1, obs_shape, args.atari, alpha)
-    size = args.buffer_size / 1000 * sum(getattr(few, name).nbytes for name in few.ARRAYS)
-    memory, free = f"{args.buffer_size:,} transitions in {size / 1e9:.1f} GB", math.inf
+    small = PrioritizedReplayBuffer(1000, 1, obs_shape, args.atari, alpha)
+    gigabytes = args.buffer_size / 1e12 * sum(getattr(small, x).nbytes for x in small.ARRAYS)
+    memory, free = f"{args.buffer_size:,} transitions in {gigabytes:.1f} GB", math.inf
     with contextlib.suppress(OSError):  # only Linux tells
-        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+        kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
+        free = int(kilobytes) * 1024 / 1e9
     if args.atari and not args.evaluate:
         print(f"{args.env_id}: the paper's hyperparameters where not given; {memory}", flush=True)
-    if size > free and not args.evaluate:
-        stop(f"error: --buffer-size: {memory}, but only {free / 1e9:.1f} GB of memory are free")
+    if gigabytes > free and not args.evaluate:
+        stop(f"error: --buffer-size: {memory}, but only {free:.1f} GB of memory are free")
     return PrioritizedReplayBuffer(args.buffer_size, args.num_envs, obs_shape, args.atari, alpha)
-
-
-# ---- Training ------------------------------------------------------------------------------------
-
-
-def train(args: Args) -> None:
-    # Setup
-    device = setup(args)
-    envs = make_envs(args)
-    obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
-    num_actions, first_action = int(action_space.n), int(action_space.start)
-
-    make_network = AtariQNetwork if args.atari else vector_q_network
-    q_network = make_network(obs_shape, num_actions).to(device)
-    target_network = copy.deepcopy(q_network)
-    parameters = list(q_network.parameters())
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
-    else:
-        optimizer = torch.optim.RMSprop(
-            parameters, lr=args.learning_rate, alpha=0.95, eps=0.1 / args.batch_size, centered=True
-        )
-    td_loss = nn.functional.huber_loss if args.loss == "huber" else nn.functional.mse_loss
-    buffer = make_buffer(args, obs_shape)
-
-    @torch.no_grad()
-    def greedy_actions(obs: np.ndarray) -> np.ndarray:
-        """Shapes: obs (B, ...) -> (B,)."""
-        return q_network(torch.from_numpy(obs).float().to(device)).argmax(1).cpu().numpy()
-
-    def deterministic_policy(obs: np.ndarray) -> np.ndarray:
-        return greedy_actions(obs[None])[0] + first_action
-
-    def count_lives() -> np.ndarray:
-        return np.array([getattr(env.unwrapped, "lives", 0) for env in envs.envs])
-
-    def gradient_step(obs, actions, targets, weights):
-        """Gradient of the loss on one minibatch, TD errors, and metrics."""
-        q_values = q_network(obs).gather(1, actions[:, None]).squeeze(1)
-        assert q_values.shape == targets.shape == weights.shape
-        loss = (weights * td_loss(q_values, targets, reduction="none")).mean()
-        metrics = {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
-        return torch.autograd.grad(loss, parameters), (targets - q_values).detach(), metrics
-
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad in the same graph
-        gradient_step = torch.compile(gradient_step, fullgraph=True)
-    state = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
-    state |= {"envs": envs, "buffer": buffer}
-    run = Run(args, device, state, deterministic_policy, make_env)  # --resume: restores the state
-    obs, lives = envs.obs, count_lives()
-
-    while not run.finished:
-        remaining = 1 - run.global_step / args.total_timesteps
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        global_step, steps = run.global_step, []
-        while global_step < run.global_step + args.iteration_steps:
-            # 1. Act
-            epsilon = linear_schedule(
-                global_step, args.exploration_steps, args.epsilon_start, args.epsilon_end
-            )
-            explore = np.random.random(args.num_envs) < epsilon
-            actions = np.random.randint(num_actions, size=args.num_envs)
-            if not explore.all():
-                actions = np.where(explore, actions, greedy_actions(obs))
-
-            # 2. Step the environments
-            last_obs = obs
-            obs, rewards, terminations, truncations, infos = envs.step(actions + first_action)
-            dones = terminations | truncations
-            next_obs = obs.copy()  # what the actions led to, while obs may begin a new episode
-            if dones.any():
-                next_obs[dones] = np.stack(infos["final_obs"][dones])
-                ended = infos["final_info"]
-                run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
-            if args.atari:  # what is learned from; returns and episodes above are the game's own
-                rewards = rewards.clip(-1, 1) if args.clip_rewards else rewards
-                lives, before = count_lives(), lives
-                terminations = terminations | (args.episodic_life & (lives < before) & ~dones)
-            buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
-
-            for _ in range(args.num_envs):  # a tick for each environment's step
-                global_step += 1
-                learns = global_step >= args.learning_starts and buffer.filled > args.num_envs
-                if learns and global_step % args.train_frequency == 0:
-                    # 3. Targets
-                    indices, probabilities = buffer.draw(args.batch_size)
-                    batch = Batch(*(part.to(device) for part in buffer.gather(indices)))
-                    with torch.no_grad():
-                        target_q = target_network(batch.next_obs)
-                        online_q = q_network(batch.next_obs) if args.double else target_q
-                    rewards, terminations = batch.rewards, batch.terminations
-                    targets = double_q_target(rewards, terminations, online_q, target_q, args.gamma)
-                    beta = linear_schedule(global_step, args.total_timesteps, args.priority_beta, 1)
-                    weights = importance_weights(probabilities, beta).float().to(device)
-
-                    # 4. Update
-                    step = gradient_step(batch.obs, batch.actions, targets, weights)
-                    gradients, td_errors, step_metrics = step
-                    buffer.set_priorities(indices, td_errors.cpu().numpy())
-                    for parameter, gradient in zip(parameters, gradients, strict=True):
-                        parameter.grad = gradient
-                    optimizer.step()
-                    steps.append(step_metrics)
-                if global_step % args.target_frequency == 0:
-                    polyak_update(target_network, q_network, args.tau)
-
-        # 5. Log, checkpoint, evaluate
-        metrics = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
-        for name in steps[0] if steps else ():
-            metrics[name] = torch.stack([step[name] for step in steps]).mean().item()
-        run.end_iteration(global_step, metrics)
-    run.finish()
 
 
 # ---- Run infrastructure: the same bytes in every script ------------------------------------------
 
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-LONGEST_EPISODE = 50_000  # steps that a resume replays and an evaluation plays, where none ends
+LONGEST_EPISODE = 50_000  # steps that a resume repeats at most, and that an evaluation plays
 
 
-def stop(message: str, code: int = 2) -> NoReturn:
-    """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
-    tqdm.write(message, file=sys.stderr)
-    sys.exit(code)
+def parse_count(text: str) -> int:
+    """Read a whole number that may be written 1000000, 1_000_000 or 1e6."""
+    if not float(text).is_integer():
+        raise ValueError(f"not a whole number: {text}")
+    return int(float(text)) if "e" in text.lower() or "." in text else int(text)
+
+
+Count = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="INT", instance_from_str=lambda texts: parse_count(texts[0]),
+        is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [f"{x:_}"],
+    ),
+]
+Text = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+
+
+def require(args: Any, names: str, allowed: Callable[[Any], bool], text: str) -> None:
+    """Check fields of the arguments. Raises: ValueError, which tyro reports with exit code 2."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not allowed(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be {text}, got {value}")
+
+
+def check_run_args(args: Any) -> None:
+    """Check the arguments that every script has. Raises: ValueError."""
+    counts = "total_timesteps num_envs eval_episodes torch_threads"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
+    require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
+    require(args, "resume evaluate", lambda x: x != "", "the path of a run folder")
+    require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
 
 
 def parse_args(args_class: type) -> Any:
-    """The command line's arguments; with --resume or --evaluate what it lacks is the folder's."""
-    args = tyro.cli(args_class)
+    """The command line's arguments. With --resume or --evaluate the run folder has the rest."""
+    args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
-    if folder is None:
-        return args
+    if folder is None:  # the defaults may depend on the environment
+        return tyro.cli(args_class, default=args_class(env_id=args.env_id))
     try:
         about = json.loads(Path(folder, "args.json").read_text())
         if about["script"] != SCRIPT.name:
@@ -685,7 +702,7 @@ def parse_args(args_class: type) -> Any:
         here = {"run_dir": folder, "resume": args.resume, "evaluate": args.evaluate}
         old = args_class(**{name: about["args"][name] for name in names} | here)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        stop(f"error: {flag} {folder}: not a whole run folder: {error!r}")
+        stop(f"error: {flag} {folder}: not a complete run folder: {error!r}")
     args = tyro.cli(args_class, default=old)
     free = "device torch_threads track capture_video eval_episodes "
     free += "eval_frequency checkpoint_frequency total_timesteps" if args.resume else "seed"
@@ -697,12 +714,18 @@ def parse_args(args_class: type) -> Any:
     return args
 
 
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
+    tqdm.write(message, file=sys.stderr)
+    sys.exit(code)
+
+
 def setup(args: Any) -> torch.device:
-    """Seed every generator, set the threads, and return the device."""
+    """Seed every generator, set the number of threads, and return the device."""
     if args.compile and not args.evaluate and not shutil.which(os.environ.get("CXX", "g++")):
-        stop("error: --compile needs a C++ compiler, such as g++, which is not here")
+        stop("error: --compile needs a C++ compiler, such as g++, and found none")
     if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a display only when told
+        os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a display
     torch.set_num_threads(args.torch_threads)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -711,6 +734,16 @@ def setup(args: Any) -> torch.device:
     if args.device not in ["auto", *found]:
         stop(f"error: --device {args.device}: torch finds none here; use auto or cpu")
     return torch.device(found[0] if args.device == "auto" else args.device)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Which code runs, and on what."""
+    names = [x for x in ("torch", "gymnasium", "numpy", "mujoco") if x in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in names}
+    git = [shutil.which("git") or "false", "-C", str(SCRIPT.parent), "rev-parse", "--verify"]
+    commit = subprocess.run([*git, "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {"script": SCRIPT.name, "sha256": SHA256, "git": commit or None, "device": str(device)}
+    return about | {"versions": versions | {"python": sys.version.split()[0]}}
 
 
 def rng_state() -> dict[str, Any]:
@@ -729,27 +762,30 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 class ReplayableEnv(gym.Wrapper):
-    """An environment whose whole state is small: its episode's own seed, and the actions since.
+    """An environment that is saved as the seed of its current episode and the actions since.
 
-    Restoring resets with that seed and repeats the actions. That is exact if reset(seed) fixes the
-    episode; where observation or return come out otherwise, the episode restarts, and says so.
-    `info` keeps only the episode's return and length, on its last step.
+    Restoring repeats the actions, which is exact if reset(seed) determines the episode; if they end
+    elsewhere, a new episode starts. `info` holds return and length on an episode's last step.
     """
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         if seed is not None:
             self.seed, self.episode = seed, 0
         episode_seed = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
-        self.episode, self.actions, self.length, self.episodic_return = self.episode + 1, [], 0, 0.0
-        self.obs = np.array(self.env.reset(seed=int(episode_seed), options=options)[0])
+        obs, _ = self.env.reset(seed=int(episode_seed), options=options)
+        self.episode += 1
+        self.actions, self.length = [], 0
+        self.episodic_return = 0.0
+        self.obs = np.array(obs)
         return self.obs, {}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
         if self.length < LONGEST_EPISODE:
-            self.actions.append(np.array(action))  # copies: some environments write into arrays
+            self.actions.append(np.array(action))  # a copy: some environments change their action
         obs, reward, termination, truncation, _ = self.env.step(action)
         self.obs = np.array(obs)
-        self.length, self.episodic_return = self.length + 1, self.episodic_return + float(reward)
+        self.length += 1
+        self.episodic_return += float(reward)
         ended = {"return": self.episodic_return, "length": self.length}
         return self.obs, reward, termination, truncation, ended if termination or truncation else {}
 
@@ -761,7 +797,7 @@ class ReplayableEnv(gym.Wrapper):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seed, self.episode = state["seed"], state["episode"] - 1
         exact = False
-        with contextlib.suppress(Exception):  # what it raises where it went another way
+        with contextlib.suppress(Exception):  # an episode that differs may raise anything
             self.reset()
             for action in state["actions"].numpy():
                 self.step(action)
@@ -773,43 +809,36 @@ class ReplayableEnv(gym.Wrapper):
 
 
 class Run:
-    """A run and its folder; knows nothing of the algorithm.
+    """A run and its folder. Knows nothing of the algorithm.
 
-    `state` names all that must survive a kill; each part has state_dict() and load_state_dict().
-    `policy` maps one observation to the deterministic action.
+    `state` names everything that must survive a kill; each part has state_dict() and
+    load_state_dict(). `policy` maps one observation to the deterministic action.
     """
 
     SAVED = ("global_step", "wall_time", "wandb_id")
 
-    def __init__(self, args: Any, device: Any, state: dict, policy: Callable, make_env: Callable):
-        self.args, self.device, self.state = args, str(device), state
-        self.policy, self.make_env = policy, make_env
+    def __init__(self, args: Any, device: torch.device, state: dict, policy: Callable) -> None:
+        self.args, self.device = args, device
+        self.state, self.policy = state, policy
         name = f"{args.env_id.replace('/', '-')}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or f"runs/{name}")
-        self.global_step, self.wall_time, self.wandb_id = 0, 0.0, uuid.uuid4().hex[:8]
-        self.episodes, self.recent, self.result = [], "no episode yet", {}
-        self.signal, self.wandb, self.bar, self.last_line = 0, None, tqdm(disable=True), 0.0
+        self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
+        self.wandb, self.wandb_id = None, None
+        self.episodes = []  # (return, length) of those that ended since the last line of metrics
+        self.recent_return = "no episode yet"
+        self.result = {}  # the last evaluation, if nothing was learned since
+        self.bar, self.last_line = tqdm(disable=True), 0.0
+        self.signal = 0
         self.refuse_what_would_fail()
-        if args.resume or args.evaluate:
-            self.load_checkpoint()
-        self.start_time = time.time() - self.wall_time
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        if args.evaluate:
-            return
-        with self.writing():
-            self.open_folder()
-        if args.track:
-            self.start_wandb()
-        total, begun = args.total_timesteps, self.global_step
-        self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
 
     @property
     def finished(self) -> bool:
-        return bool(self.args.evaluate) or self.global_step >= self.args.total_timesteps
+        return self.global_step >= self.args.total_timesteps
 
     def refuse_what_would_fail(self) -> None:
-        """The user's mistakes that can be seen before any file is written."""
+        """Report the user's mistakes that can be seen before any file is written."""
         if (self.dir / "args.json").exists() and not (self.args.resume or self.args.evaluate):
             stop(f"error: --run-dir {self.dir} holds a run: name another, or --resume {self.dir}")
         tracks = self.args.track and not self.args.evaluate
@@ -818,23 +847,21 @@ class Run:
         if self.args.capture_video:
             try:
                 import moviepy  # noqa: F401  RecordVideo needs it
-
-                env = self.make_env(self.args, "rgb_array")
+                env = make_env(self.args, "rgb_array")
                 env.reset(seed=0)
                 env.render()
                 env.close()
-            except Exception as error:  # each renderer has its own
+            except Exception as error:  # each renderer raises its own
                 stop(f"error: --capture-video: cannot render {self.args.env_id} here: {error!r}")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """A full or read-only disk ends the run in one line, and what was whole stays whole."""
+        """Turn a write error into a one-line exit; complete files stay intact."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of an OSError
-            begun, reason = (self.dir / "args.json").exists(), error.__context__ or error
-            go_on = f"then --resume {self.dir}" if begun else "or name another --run-dir"
-            stop(f"error: cannot write {self.dir}: {reason}: make room, {go_on}")
+        except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
+            way_out = f"make room, then --resume {self.dir}, or name another --run-dir"
+            stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
 
     def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
         """Write a file so that a kill at any instant leaves the old one or the new one."""
@@ -845,13 +872,23 @@ class Run:
             os.fsync(file.fileno())
         os.replace(temporary, self.dir / name)
 
+    def begin(self) -> None:
+        """Start the clock, the run folder, wandb and the progress bar."""
+        self.start_time = time.time() - self.wall_time
+        with self.writing():
+            self.open_folder()
+        if self.args.track:
+            self.start_wandb()
+        total, begun = self.args.total_timesteps, self.global_step
+        self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
+
     def open_folder(self) -> None:
         """Make the folder of a new run, or cut a resumed one's metrics back to its checkpoint."""
         self.dir.mkdir(parents=True, exist_ok=True)
-        about, lines = self.describe(), []
+        about, lines = describe(self.device), []
         if self.args.resume:
             about = json.loads((self.dir / "args.json").read_text())
-            with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: a torn last line
+            with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: half a last line
                 for text in (self.dir / "metrics.jsonl").read_text().splitlines():
                     lines.append(json.loads(text))
         lines = [line for line in lines if line["global_step"] <= self.global_step]
@@ -864,25 +901,15 @@ class Run:
         if not self.args.resume and self.dir.resolve() != SCRIPT.parent:
             shutil.copyfile(SCRIPT, self.dir / SCRIPT.name)
 
-    def describe(self) -> dict[str, Any]:
-        """Which code runs, and on what."""
-        names = ("torch", "gymnasium", "numpy", "mujoco")
-        versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
-        versions["python"] = sys.version.split()[0]
-        git = [shutil.which("git") or "false", "-C", str(SCRIPT.parent), "rev-parse", "--verify"]
-        commit = subprocess.run([*git, "HEAD"], capture_output=True, text=True).stdout.strip()
-        about = {"script": SCRIPT.name, "sha256": SHA256, "git": commit or None}
-        return about | {"versions": versions, "device": self.device}
-
     def start_wandb(self) -> None:
-        """Track online where a key and the network allow it, offline otherwise; never ask."""
+        """Log online where a key and the network allow it, otherwise offline; never ask."""
         import wandb
-
         os.environ["WANDB_CACHE_DIR"] = os.environ["WANDB_DATA_DIR"] = str(self.dir.resolve())
         args, settings = self.args, wandb.Settings(silent=True, console="off", x_disable_stats=True)
         for mode in (os.environ.get("WANDB_MODE", "online"), "offline"):
             with contextlib.suppress(wandb.Error):  # no network, a wrong key, an unknown entity
                 if mode != "online" or wandb.login(prompt=False):
+                    self.wandb_id = self.wandb_id or wandb.util.generate_id()
                     self.wandb = wandb.init(
                         project=args.wandb_project_name, entity=args.wandb_entity, mode=mode,
                         name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", dir=self.dir,
@@ -896,7 +923,7 @@ class Run:
 
     def on_signal(self, number: int, frame: Any) -> None:
         self.signal = number
-        os.write(2, b"\nfinishing what must be finished; once more ends at once\n")
+        os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
         signal.signal(number, signal.SIG_DFL)
 
     def save_checkpoint(self) -> None:
@@ -905,10 +932,11 @@ class Run:
         with self.writing():
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
-    def load_checkpoint(self) -> None:
+    def restore(self) -> int:
+        """Load the checkpoint, for --evaluate only the networks of it. Returns its global step."""
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
-            return  # killed before its first checkpoint: from step 0
+            return 0  # killed before its first checkpoint
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             for name, part in self.state.items():
@@ -916,30 +944,33 @@ class Run:
                     part.load_state_dict(checkpoint[name])
             vars(self).update({name: checkpoint[name] for name in self.SAVED})
             set_rng_state(checkpoint["rng"])
-        except Exception as error:  # a file can be wrong in any way
+        except Exception as error:  # a damaged file can raise anything
             stop(f"error: {path} is no checkpoint of this run: {error!r:.200}")
+        return self.global_step
 
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
-        """Do what is due at this step: metrics, evaluation, checkpoint, and what a signal asked."""
+        """Log; evaluate and save where it is due; end the run if a signal asked for it."""
         previous, self.global_step = self.global_step, global_step
 
-        def due(frequency: int) -> bool:
+        def passed(frequency: int) -> bool:
             return frequency > 0 and global_step // frequency > previous // frequency
 
         self.stop_unless_finite(metrics)
         if self.episodes:
-            means = np.mean(self.episodes, axis=0).tolist()
-            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = means
-            metrics["charts/episodes"], self.episodes = len(self.episodes), []
-            self.recent = f"return {means[0]:.1f}"
+            mean_return, mean_length = np.mean(self.episodes, axis=0).tolist()
+            metrics["charts/episodic_return"] = mean_return
+            metrics["charts/episodic_length"] = mean_length
+            metrics["charts/episodes"] = len(self.episodes)
+            self.recent_return = f"return {mean_return:.1f}"
+            self.episodes = []
         self.wall_time = time.time() - self.start_time
         metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
         self.result = {}
-        if due(self.args.eval_frequency) and not self.finished:
+        if passed(self.args.eval_frequency) and not self.finished:
             self.evaluate()
         signalled = self.signal
-        if self.finished or signalled or due(self.args.checkpoint_frequency):
+        if self.finished or signalled or passed(self.args.checkpoint_frequency):
             self.save_checkpoint()
         self.show_progress(metrics["charts/SPS"])
         if signalled and not self.finished:
@@ -947,7 +978,7 @@ class Run:
             stop(f"stopped; go on: python {SCRIPT.name} --resume {self.dir}", 128 + signalled)
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
-        """A NaN ends the run while its last checkpoint is still good."""
+        """A NaN or infinity ends the run while its last checkpoint is still good."""
         bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
             tensors = part.state_dict().values() if isinstance(part, nn.Module) else []
@@ -966,16 +997,17 @@ class Run:
 
     def show_progress(self, speed: float) -> None:
         step, total = self.global_step, self.args.total_timesteps
-        self.bar.set_postfix_str(self.recent, refresh=False)
+        self.bar.set_postfix_str(self.recent_return, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.time() > self.last_line + 10:
-            self.last_line, left = time.time(), f"{(total - step) / speed:.0f} s left"
-            print(f"{step}/{total} steps, {speed:.0f}/s, {left}, {self.recent}", file=sys.stderr)
+            self.last_line = time.time()
+            times = f"{speed:.0f}/s, {(total - step) / speed:.0f} s left"
+            print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)
 
     def evaluate(self) -> None:
-        """Play whole episodes, the same every time, and log them; training does not notice."""
+        """Play whole episodes, always from the same seed, and log them. Training is not changed."""
         before, video = rng_state(), self.args.capture_video
-        env = self.make_env(self.args, "rgb_array" if video else None)
+        env = make_env(self.args, "rgb_array" if video else None)
         if video:
             folder, name = str(self.dir / "videos"), f"step-{self.global_step}"
             gym.logger.min_level = gym.logger.ERROR  # RecordVideo warns of videos already there
@@ -992,12 +1024,12 @@ class Run:
                 returns[-1] += float(reward)
                 if termination or truncation:
                     break
-            if self.signal and self.finished:
-                stop(f"stopped; again: python {SCRIPT.name} --resume {self.dir}", 128 + self.signal)
+            if self.signal and (self.finished or self.args.evaluate):
+                flag = "--evaluate" if self.args.evaluate else "--resume"
+                stop(f"stopped; again: python {SCRIPT.name} {flag} {self.dir}", 128 + self.signal)
         env.close()
         if video and self.wandb:
             from wandb import Video
-
             clip = Video(f"{folder}/{name}-episode-0.mp4", format="mp4")
             self.wandb.log({"global_step": self.global_step, "eval/video": clip})
         set_rng_state(before)
@@ -1007,7 +1039,7 @@ class Run:
             self.write_metrics(self.result)
 
     def finish(self) -> None:
-        """Print the final evaluation as the last line of stdout; the checkpoint is safe by now."""
+        """Evaluate, unless that is done, and print the result as the last line of stdout."""
         if not self.result:
             self.evaluate()
         mean, std, episodes = self.result.values()

@@ -1,9 +1,9 @@
 """Proximal Policy Optimization (PPO) for continuous actions, complete in this one file.
 
-PPO collects a short rollout with the current policy, then takes several epochs of gradient steps on
-it. Its policy loss stops rewarding a change once the probability ratio to the old policy
-has left [1 - eps, 1 + eps], so that one rollout can be used many times without the policy running
-away from the data. Schulman et al. 2017, arXiv:1707.06347; the equation numbers are that paper's.
+PPO collects a short rollout with the current policy and then takes several epochs of gradient steps
+on it. Its policy loss gives no reward for moving the probability ratio between the new and the old
+policy out of [1 - eps, 1 + eps]. One rollout can therefore be used many times without the policy
+moving too far from the data. Schulman et al. 2017, arXiv:1707.06347; equation numbers are theirs.
 
     for each iteration:
         run the policy for num_steps in each of num_envs environments           (Algorithm 1)
@@ -21,17 +21,15 @@ away from the data. Schulman et al. 2017, arXiv:1707.06347; the equation numbers
     python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
 
 Deviations from the paper:
-- An episode cut by a time limit bootstraps from its true last observation (arXiv:1712.00378): the
-  cut is no property of the task, and must not teach the critic that the future is worth nothing.
+- Where a time limit ends an episode, the return continues with V of its last observation
+  (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
 - Observations are normalised and rewards scaled by running statistics (arXiv:2005.12729), so that
-  one configuration fits environments of very different units.
+  the same hyperparameters suit environments with very different units.
 - Advantages are computed again before every epoch, with the newest critic (arXiv:2006.05990).
 - Advantages are normalised, gradients clipped, weights orthogonal with a small last policy layer
   and a smaller initial spread (arXiv:2006.05990): details that published results rely on.
-- The epochs stop early once the policy has gone too far (--target-kl): clipping alone does not hold
-  it back where actions have many dimensions.
-- The KL is an unbiased estimate from the sampled actions instead of the closed form, so that
-  nothing but the log-probabilities of the old policy has to be kept.
+- The epochs stop once the policy has moved too far (--target-kl): clipping is not always enough.
+- The KL is estimated from the sampled actions: only old log-probabilities have to be stored.
 """
 
 from __future__ import annotations
@@ -48,7 +46,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -63,79 +60,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 
-def require(args: Any, names: str, allowed: Callable[[Any], bool], text: str) -> None:
-    """Check fields of the arguments. Raises: ValueError, which tyro reports with exit code 2."""
-    for name in names.split():
-        if not allowed(value := getattr(args, name)):
-            raise ValueError(f"--{name.replace('_', '-')} must be {text}, got {value}")
-
-
-def parse_count(text: str) -> int:
-    """Read a whole number that may be written 1000000, 1_000_000 or 1e6."""
-    if not float(text).is_integer():
-        raise ValueError(f"not a whole number: {text}")
-    return int(float(text)) if "e" in text.lower() or "." in text else int(text)
-
-
-Count = Annotated[
-    int,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT",
-        instance_from_str=lambda texts: parse_count(texts[0]),
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
-
-
 @dataclass(frozen=True)
 class Args:
-    # Run
-    seed: Count = 1
-    """Seed of everything random; a run repeats exactly on the same machine and threads."""
-    total_timesteps: Count = 1_000_000
-    """Environment steps over all environments together; rounded up to whole iterations."""
-    run_dir: str | None = None
-    """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
-    """Where the networks live. auto: a GPU if there is one; small networks run faster on a CPU."""
-    torch_threads: Count = 1
-    """CPU threads of torch; small networks gain nothing from a second one."""
-    compile: bool = False
-    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
-    track: bool = False
-    """Log to Weights & Biases too; without key or network into the run folder, to sync later."""
-    wandb_project_name: str = "deep-rl"
-    """Weights & Biases project."""
-    wandb_entity: str | None = None
-    """Weights & Biases team or user; by default your own."""
-    capture_video: bool = False
-    """Record the first episode of every evaluation in the run folder's videos/."""
-    checkpoint_frequency: Count = 100_000
-    """Environment steps between checkpoints; 0: only at the end and when interrupted."""
-    resume: str | None = None
-    """Run folder to go on with, exactly from its checkpoint and with its arguments."""
-    evaluate: str | None = None
-    """Run folder whose checkpoint to evaluate; trains nothing and writes nothing but videos."""
-    eval_frequency: Count = 0
-    """Environment steps between evaluations; 0: only at the end."""
-    eval_episodes: Count = 10
-    """Whole episodes per evaluation, played with the deterministic policy."""
-
-    # Environment
-    env_id: str = "HalfCheetah-v5"
-    """Gymnasium environment; "module:Name-v0" imports the module first."""
-    num_envs: Count = 8
-    """Environments stepped together in this process."""
-    norm_obs: bool = True
-    """Normalise observations by running mean and variance, clip them to 10 (arXiv:2005.12729)."""
-    norm_reward: bool = True
-    """Divide rewards by the running std of the discounted return (arXiv:2005.12729)."""
-
     # Algorithm
     learning_rate: float = 3e-4
-    """Adam's step size at the start."""
+    """Step size of Adam at the start."""
     anneal_lr: bool = True
     """Lower the learning rate linearly to 0 at the end (arXiv:2006.05990, section 3.7)."""
     gamma: float = 0.99
@@ -149,13 +78,13 @@ class Args:
     update_epochs: Count = 10
     """Passes over the rollout per iteration."""
     recompute_advantages: bool = True
-    """Compute advantages anew before every epoch (arXiv:2006.05990, section 3.5: it helps)."""
+    """Compute advantages again before every epoch (arXiv:2006.05990, section 3.5: it helps)."""
     norm_adv: bool = True
     """Normalise advantages in each minibatch (arXiv:2006.05990, section 3.3: little effect)."""
     policy_objective: Literal["clip", "kl-penalty", "clip+kl-penalty"] = "clip"
-    """Clipped ratio, or penalty on the KL, or both (arXiv:1707.06347, eq. 7 and 8)."""
+    """Clip the ratio, or penalise the KL, or both (arXiv:1707.06347, eq. 7 and 8)."""
     clip_coef: float = 0.2
-    """Half the width of the range of ratios that are rewarded."""
+    """Epsilon of the clipping: ratios count up to 1 + epsilon and down to 1 - epsilon."""
     kl_coef: float = 1.0
     """Initial weight beta of the KL penalty; doubles or halves as the KL misses --target-kl."""
     target_kl: float | None = 0.05
@@ -167,35 +96,57 @@ class Args:
     ent_coef: float = 0.0
     """Weight of the entropy bonus."""
     max_grad_norm: float = 0.5
-    """Largest norm of the whole gradient; a longer one is scaled down."""
+    """Largest norm of the whole gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -1.0
     """Initial log std of actions, in units of half the box (arXiv:2006.05990, section 3.2)."""
 
-    @property
-    def batch_size(self) -> int:
-        """Transitions per iteration."""
-        return self.num_envs * self.num_steps
+    # Environment
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium environment; "module:Name-v0" imports the module first."""
+    num_envs: Count = 8
+    """Environments stepped together in this process."""
+    norm_obs: bool = True
+    """Normalise observations by running mean and variance, clip them to 10 (arXiv:2005.12729)."""
+    norm_reward: bool = True
+    """Divide rewards by the running std of the discounted return (arXiv:2005.12729)."""
+
+    # Run
+    seed: Count = 1
+    """Seed of everything random; a run repeats exactly on the same machine and threads."""
+    total_timesteps: Count = 1_000_000
+    """Environment steps over all environments together; rounded up to whole iterations."""
+    run_dir: Text = None
+    """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
+    """Where the networks live. auto: a GPU if there is one; small networks run faster on a CPU."""
+    torch_threads: Count = 1
+    """CPU threads of torch; small networks gain nothing from a second one."""
+    compile: bool = False
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    track: bool = False
+    """Log to Weights & Biases too; without key or network into the run folder, to sync later."""
+    wandb_project_name: str = "deep-rl"
+    """Weights & Biases project."""
+    wandb_entity: Text = None
+    """Weights & Biases team or user; by default your own."""
+    capture_video: bool = False
+    """Record the first episode of every evaluation in the run folder's videos/."""
+    checkpoint_frequency: Count = 100_000
+    """Environment steps between checkpoints; 0: only at the end and when interrupted."""
+    resume: Text = None
+    """Run folder to continue, exactly from its checkpoint and with its arguments."""
+    evaluate: Text = None
+    """Run folder whose checkpoint to evaluate; trains nothing and writes nothing but videos."""
+    eval_frequency: Count = 0
+    """Environment steps between evaluations; 0: only at the end."""
+    eval_episodes: Count = 10
+    """Whole episodes per evaluation, played with the deterministic policy."""
 
     def __post_init__(self) -> None:
-        counts = "total_timesteps num_envs num_steps num_minibatches update_epochs"
-        require(self, f"{counts} eval_episodes torch_threads", lambda x: x >= 1, "at least 1")
-        require(self, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
-        require(self, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
-        require(self, "gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
-        positive = "learning_rate clip_coef kl_coef max_grad_norm"
-        require(self, positive, lambda x: 0 < x < math.inf, "above 0")
-        require(self, "vf_coef ent_coef", lambda x: 0 <= x < math.inf, "0 or more")
-        require(self, "target_kl", lambda x: x is None or 0 < x < math.inf, "above 0")
-        require(self, "log_std_init", lambda x: -20 <= x <= 2, "between -20 and 2")
-        require(self, "resume evaluate", lambda x: x != "", "the path of a run folder")
-        require(self, "evaluate", lambda x: x is None or self.resume is None, "without --resume")
-        divides = f"a divisor of num_envs * num_steps = {self.batch_size}"
-        require(self, "num_minibatches", lambda x: self.batch_size % x == 0, divides)
-        penalised = "kl-penalty" in self.policy_objective
-        require(self, "target_kl", lambda x: x or not penalised, "given, say 0.01, for a penalty")
+        check_args(self)
 
 
-# ---- Networks and running statistics -------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 
 def linear(in_dim: int, out_dim: int, gain: float) -> nn.Linear:
@@ -213,14 +164,14 @@ def tanh_mlp(in_dim: int, out_dim: int, out_gain: float) -> nn.Sequential:
 
 
 class GaussianActor(nn.Module):
-    """Policy: independent Gaussians; their mean depends on the observation, their spread does not.
+    """Policy: independent Gaussians. The mean depends on the observation, the spread does not.
 
     Shapes: obs (..., obs_dim) -> mean (..., action_dim), log_std (action_dim,).
     """
 
     def __init__(self, obs_dim: int, action_dim: int, log_std_init: float) -> None:
         super().__init__()
-        self.mean = tanh_mlp(obs_dim, action_dim, out_gain=0.01)  # starts with means close to 0
+        self.mean = tanh_mlp(obs_dim, action_dim, out_gain=0.01)  # means start close to 0
         self.log_std = nn.Parameter(torch.zeros(action_dim) + log_std_init)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,60 +189,7 @@ class ValueCritic(nn.Module):
         return self.value(obs).squeeze(-1)
 
 
-class RunningMoments(nn.Module):
-    """Mean and variance of everything that `update` has seen. Shapes: mean, var (dim,)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("count", torch.tensor(1e-4))
-
-    def update(self, batch: Tensor) -> None:
-        """Take in a batch. Shapes: batch (B, dim). Source: Chan et al. 1979, eq. 2.1."""
-        size, delta = len(batch), batch.mean(0) - self.mean
-        total = self.count + size
-        squares = self.var * self.count + batch.var(0, correction=0) * size
-        self.var = (squares + delta.square() * self.count * size / total) / total
-        self.mean = self.mean + delta * size / total
-        self.count = total
-
-
-class ObsNormalizer(RunningMoments):
-    """Shifts and scales observations to mean 0, variance 1. Shapes: (..., obs_dim) -> the same."""
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return ((obs - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
-
-
-class RewardScaler(RunningMoments):
-    """Divides rewards by the running standard deviation of the discounted return.
-
-    Only divides: a shifted reward would change what pays. Shapes: rewards (T, N) -> the same.
-    """
-
-    def __init__(self, num_envs: int, gamma: float) -> None:
-        super().__init__(1)
-        self.gamma = gamma
-        self.register_buffer("running_return", torch.zeros(num_envs))
-
-    def observe(self, rewards: Tensor, dones: Tensor) -> None:
-        """Take in a rollout. Shapes: rewards, dones (T, N)."""
-        returns = torch.zeros_like(rewards)
-        for t in range(len(rewards)):
-            returns[t] = self.running_return * self.gamma + rewards[t]
-            self.running_return = returns[t] * (1 - dones[t])  # nothing leaks into the next episode
-        self.update(returns.reshape(-1, 1))
-
-    @property
-    def scale(self) -> Tensor:
-        return (self.var + 1e-8).sqrt()
-
-    def forward(self, rewards: Tensor) -> Tensor:
-        return (rewards / self.scale).clamp(-10, 10)
-
-
-# ---- Pure functions: the mathematics of PPO ------------------------------------------------------
+# ---- Mathematics of PPO --------------------------------------------------------------------------
 
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
@@ -314,22 +212,23 @@ def compute_gae(
 ) -> Tensor:
     """Generalised advantage estimates.
 
-    A termination removes the bootstrap value. Any end of an episode, time limits included, cuts
-    the recursion. next_values[t] is V of the observation that transition t really led to.
+    A termination removes the value of the next observation. Any end of an episode, also by a time
+    limit, cuts the recursion. next_values[t] is V of the observation that followed actions[t].
 
     Shapes: all (T, N) -> (T, N). Source: Schulman et al. 2016, eq. 16; 2017, eq. 11 and 12.
     """
     td_errors = rewards + gamma * (1 - terminations) * next_values - values
     decay = gamma * gae_lambda * (1 - dones)
     advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[0])
+    next_advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        advantages[t] = following = td_errors[t] + decay[t] * following
+        next_advantage = td_errors[t] + decay[t] * next_advantage
+        advantages[t] = next_advantage
     return advantages
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """KL(old, new) in nats from actions of the old policy: never negative, and unbiased.
+    """KL(old, new) in nats, estimated from actions of the old policy. Unbiased, never negative.
 
     log_ratio is log pi(a|s) - log pi_old(a|s); the gradient through it is unbiased as well.
 
@@ -341,9 +240,9 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
 def ppo_policy_loss(
     log_ratio: Tensor, advantages: Tensor, clip_coef: float, kl_coef: Tensor | None
 ) -> Tensor:
-    """Minus PPO's objective for the policy: clipped surrogate, less a penalty on the KL.
+    """Minus PPO's objective for the policy: the clipped surrogate, less a penalty on the KL.
 
-    clip_coef = inf leaves the penalty alone, kl_coef = None the clipping.
+    clip_coef = inf turns the clipping off, kl_coef = None the penalty.
 
     Shapes: log_ratio, advantages (B,) -> (). Source: Schulman et al. 2017, eq. 7 and 8.
     """
@@ -354,10 +253,7 @@ def ppo_policy_loss(
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
-    """Double the coefficient above 1.5 times the target KL, halve it below the target / 1.5.
-
-    Source: Schulman et al. 2017, section 4.
-    """
+    """Weight of the KL penalty for the next iteration. Source: Schulman et al. 2017, section 4."""
     if kl > 1.5 * target_kl:
         return kl_coef * 2
     return kl_coef / 2 if kl < target_kl / 1.5 else kl_coef
@@ -372,50 +268,269 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
     return 0.5 * torch.max((values - returns).square(), (clipped - returns).square()).mean()
 
 
-def clip_fraction(log_ratio: Tensor, clip_coef: float) -> Tensor:
-    """Share of the ratios outside [1 - clip_coef, 1 + clip_coef]. Shapes: log_ratio (B,) -> ()."""
-    return ((log_ratio.exp() - 1).abs() > clip_coef).float().mean()
-
-
-def effective_sample_size(log_ratio: Tensor) -> Tensor:
-    """Effective sample size of the importance weights as a fraction: 1 is on-policy.
-
-    Shapes: log_ratio (B,) -> (), in [1 / B, 1]. Source: Kong 1992.
-    """
-    weights = log_ratio.exp()
-    return weights.mean().square() / weights.square().mean()
-
-
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """Share of the returns' variance that values predict, at most 1; NaN for constant returns.
-
-    Shapes: values, returns (...) -> ().
-    """
+    """Share of the returns' variance that values predict, at most 1. Shapes: (...) -> ()."""
     return 1 - (returns - values).var(correction=0) / returns.var(correction=0)
 
 
-def to_box(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Clip actions into a box. Where it is bounded, [-1, 1] stands for its whole range.
+# ---- Buffer and training -------------------------------------------------------------------------
 
-    Shapes: action (..., action_dim), low, high (action_dim,) -> like action, in [low, high].
+
+class RolloutBuffer:
+    """One iteration's transitions: actions[t], taken in obs[t], led to rewards[t] and next_obs[t].
+
+    terminations[t] says that the task ended with transition t, dones[t] that the episode ended,
+    by a termination or by a time limit. Shapes: (num_steps, num_envs, ...).
     """
-    with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what infinite bounds make
-        scaled = low + (np.clip(action, -1, 1) + 1) * 0.5 * (high - low)
-        return np.clip(np.where(np.isfinite(high - low), scaled, action), low, high)
+
+    def __init__(
+        self, num_steps: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device
+    ) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros((num_steps, num_envs, *shape), device=device)
+
+        self.obs = zeros(obs_dim)
+        self.actions = zeros(action_dim)
+        self.log_probs = zeros()
+        self.rewards = zeros()
+        self.next_obs = zeros(obs_dim)
+        self.terminations = zeros()
+        self.dones = zeros()
 
 
-# ---- Environments --------------------------------------------------------------------------------
+def train(args: Args) -> None:
+    # Setup
+    device = setup(args)
+    envs = make_envs(args)
+    to_env = ActionScaler(envs.single_action_space)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], to_env.dim
+
+    actor = GaussianActor(obs_dim, action_dim, args.log_std_init).to(device)
+    critic = ValueCritic(obs_dim).to(device)
+    parameters = [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    obs_normalizer = (ObsNormalizer(obs_dim) if args.norm_obs else nn.Identity()).to(device)
+    reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
+    buffer = RolloutBuffer(args.num_steps, args.num_envs, obs_dim, action_dim, device)
+    penalised = "kl-penalty" in args.policy_objective
+    policy_clip = args.clip_coef if "clip" in args.policy_objective else math.inf
+    value_clip = args.clip_coef if args.clip_vloss else math.inf
+    loop = LoopState(kl_coef=args.kl_coef if penalised else 0.0)
+
+    @torch.no_grad()
+    def deterministic_policy(obs: np.ndarray) -> np.ndarray:
+        mean, _ = actor(obs_normalizer(torch.from_numpy(obs).float().to(device)))
+        return to_env(mean)
+
+    def gradient_step(obs, actions, old_log_probs, advantages, returns, old_values, kl_coef):
+        """Set the gradient of the loss on one minibatch, no longer than max_grad_norm."""
+        mean, log_std = actor(obs)
+        log_ratio = gaussian_log_prob(mean, log_std, actions) - old_log_probs
+        values = critic(obs)
+        assert log_ratio.shape == values.shape == advantages.shape == returns.shape
+        if args.norm_adv and len(advantages) > 1:  # the std of one sample is not defined
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        policy_loss = ppo_policy_loss(log_ratio, advantages, policy_clip, kl_coef)  # eq. 7, 8
+        critic_loss = value_loss(values, old_values, returns, value_clip)
+        entropy = gaussian_entropy(log_std)
+        loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # eq. 9
+        loss.backward()
+        metrics = {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": critic_loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/grad_norm": nn.utils.clip_grad_norm_(parameters, args.max_grad_norm),
+        }
+        return metrics, log_ratio.detach()
+
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
+        gradient_step = torch.compile(gradient_step, fullgraph=True)
+    state = {"actor": actor, "critic": critic, "optimizer": optimizer, "envs": envs, "loop": loop}
+    state |= {"obs_normalizer": obs_normalizer, "reward_scaler": reward_scaler}
+    run = Run(args, device, state, deterministic_policy)
+    global_step = run.restore() if args.resume or args.evaluate else 0
+    if args.evaluate:
+        run.finish()
+        return
+    run.begin()
+    obs = envs.obs
+
+    while global_step < args.total_timesteps:
+        remaining = 1 - global_step / args.total_timesteps
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        for t in range(args.num_steps):
+            # 1. Act
+            with torch.no_grad():
+                buffer.obs[t] = torch.from_numpy(obs)
+                mean, log_std = actor(obs_normalizer(buffer.obs[t]))
+                buffer.actions[t] = mean + log_std.exp() * torch.randn_like(mean)
+                buffer.log_probs[t] = gaussian_log_prob(mean, log_std, buffer.actions[t])
+
+            # 2. Step the environments
+            obs, rewards, terminations, truncations, infos = envs.step(to_env(buffer.actions[t]))
+            global_step += args.num_envs
+            dones = terminations | truncations
+            next_obs = obs.copy()  # where an episode ended, obs is already the next one's first
+            if dones.any():
+                next_obs[dones] = np.stack(infos["final_obs"][dones])
+                ended = infos["final_info"]
+                run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
+            buffer.next_obs[t] = torch.from_numpy(next_obs)
+            buffer.rewards[t] = torch.from_numpy(rewards)
+            buffer.terminations[t] = torch.from_numpy(terminations)
+            buffer.dones[t] = torch.from_numpy(dones)
+
+        normed_obs = obs_normalizer(buffer.obs)
+        normed_next_obs = obs_normalizer(buffer.next_obs)
+        scaled_rewards, reward_scale = buffer.rewards, 1.0
+        if args.norm_reward:
+            reward_scaler.observe(buffer.rewards, buffer.dones)
+            scaled_rewards, reward_scale = reward_scaler(buffer.rewards), reward_scaler.scale
+
+        for epoch in range(args.update_epochs):
+            # 3. Targets
+            if epoch == 0 or args.recompute_advantages:
+                with torch.no_grad():
+                    values, next_values = critic(normed_obs), critic(normed_next_obs)
+                advantages = compute_gae(  # eq. 11, 12
+                    scaled_rewards, values, next_values, buffer.terminations, buffer.dones,
+                    args.gamma, args.gae_lambda,
+                )
+                returns = advantages + values
+            if epoch == 0:  # the critic has not learned from this rollout yet
+                old_values = values
+                metrics = {
+                    "losses/values": (values.mean() * reward_scale).item(),  # unscaled
+                    "losses/explained_variance": explained_variance(values, returns).item(),
+                }
+
+            # 4. Update
+            batch = normed_obs, buffer.actions, buffer.log_probs, advantages, returns, old_values
+            permutation = torch.randperm(args.num_envs * args.num_steps, device=device)
+            shuffled = [x.flatten(0, 1)[permutation].chunk(args.num_minibatches) for x in batch]
+            kl_coef = torch.tensor(loop["kl_coef"], device=device) if penalised else None
+            minibatch_metrics, log_ratios = [], []
+            for minibatch in zip(*shuffled, strict=True):
+                optimizer.zero_grad()
+                step_metrics, log_ratio = gradient_step(*minibatch, kl_coef)
+                optimizer.step()
+                minibatch_metrics.append(step_metrics)
+                log_ratios.append(log_ratio)
+            for name in step_metrics:  # means over the epoch; the last epoch's are logged
+                metrics[name] = torch.stack([x[name] for x in minibatch_metrics]).mean().item()
+            log_ratio = torch.cat(log_ratios)
+            metrics["losses/approx_kl"] = approximate_kl(log_ratio).item()
+            clipped = (log_ratio.exp() - 1).abs() > args.clip_coef
+            metrics["losses/clipfrac"] = clipped.float().mean().item()
+            too_far = args.target_kl and metrics["losses/approx_kl"] > 1.5 * args.target_kl
+            if too_far and not penalised:
+                break
+
+        if penalised:  # section 4
+            with torch.no_grad():
+                mean, log_std = actor(normed_obs)
+                log_probs = gaussian_log_prob(mean, log_std, buffer.actions)
+                kl = approximate_kl(log_probs - buffer.log_probs).item()
+            loop["kl_coef"] = adapt_kl_coef(loop["kl_coef"], kl, args.target_kl)
+        if args.norm_obs:  # last, so that old and new log-probabilities use the same normalisation
+            obs_normalizer.update(buffer.obs.flatten(0, 1))
+
+        # 5. Log, checkpoint, evaluate
+        metrics |= {"charts/learning_rate": learning_rate, "charts/kl_coef": loop["kl_coef"]}
+        run.end_iteration(global_step, metrics)
+    run.finish()
+
+
+def check_args(args: Args) -> None:
+    """Raises: ValueError for values that make no sense."""
+    check_run_args(args)
+    require(args, "num_steps num_minibatches update_epochs", lambda x: x >= 1, "at least 1")
+    require(args, "gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
+    positive = "learning_rate clip_coef kl_coef max_grad_norm"
+    require(args, positive, lambda x: 0 < x < math.inf, "above 0")
+    require(args, "vf_coef ent_coef", lambda x: 0 <= x < math.inf, "0 or more")
+    require(args, "target_kl", lambda x: x is None or 0 < x < math.inf, "above 0, or None")
+    require(args, "log_std_init", lambda x: -20 <= x <= 2, "between -20 and 2")
+    clips = args.policy_objective == "clip"
+    require(args, "target_kl", lambda x: clips or x, "given, say 0.01, for a penalty")
+    transitions = args.num_envs * args.num_steps
+    divides = f"a divisor of num_envs * num_steps = {transitions}"
+    require(args, "num_minibatches", lambda x: transitions % x == 0, divides)
+
+
+# ---- Running statistics, environments, action scaling --------------------------------------------
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of everything that `update` has seen. Shapes: mean, var (dim,)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.tensor(1e-4))
+
+    def update(self, batch: Tensor) -> None:
+        """Add a batch to the statistics. Shapes: batch (B, dim). Source: Chan et al. 1979, 2.1."""
+        size = len(batch)
+        delta = batch.mean(0) - self.mean
+        total = self.count + size
+        squares = self.var * self.count + batch.var(0, correction=0) * size
+        self.var = (squares + delta.square() * self.count * size / total) / total
+        self.mean = self.mean + delta * size / total
+        self.count = total
+
+
+class ObsNormalizer(RunningMoments):
+    """Shifts and scales observations to mean 0, variance 1. Shapes: (..., obs_dim) -> the same."""
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
+
+
+class RewardScaler(RunningMoments):
+    """Divides rewards by the running standard deviation of the discounted return.
+
+    Subtracting a mean would change which behaviour is best. Shapes: rewards (T, N) -> the same.
+    """
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        super().__init__(1)
+        self.gamma = gamma
+        self.register_buffer("running_return", torch.zeros(num_envs))
+
+    def observe(self, rewards: Tensor, dones: Tensor) -> None:
+        """Add a rollout to the statistics. Shapes: rewards, dones (T, N)."""
+        returns = torch.zeros_like(rewards)
+        for t in range(len(rewards)):
+            returns[t] = self.running_return * self.gamma + rewards[t]
+            self.running_return = returns[t] * (1 - dones[t])  # each episode starts from 0
+        self.update(returns.reshape(-1, 1))
+
+    @property
+    def scale(self) -> Tensor:
+        return (self.var + 1e-8).sqrt()
+
+    def forward(self, rewards: Tensor) -> Tensor:
+        return (rewards / self.scale).clamp(-10, 10)
+
+
+class LoopState(dict):
+    """Plain numbers of the training loop that must survive a kill."""
+
+    state_dict = dict.copy
+    load_state_dict = dict.update
 
 
 class ReplayableVectorEnv(SyncVectorEnv):
-    """Environments stepped in turn; one that ends is reset in the same step. Resumable."""
-
-    def __init__(self, env_fns: list[Callable[[], gym.Env]]) -> None:
-        super().__init__(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
+    """Environments that are stepped in turn, and whose state can be saved."""
 
     @property
     def obs(self) -> np.ndarray:
-        """What to act on next. Shapes: (num_envs, ...)."""
+        """The newest observations. Shapes: (num_envs, ...)."""
         return np.stack([env.obs for env in self.envs])
 
     def state_dict(self) -> dict[str, Any]:
@@ -426,9 +541,18 @@ class ReplayableVectorEnv(SyncVectorEnv):
             env.load_state_dict(env_state)
 
 
+def make_envs(args: Args) -> ReplayableVectorEnv:
+    """`num_envs` environments. One whose episode ends is reset in the same step."""
+    env_fns = [lambda: make_env(args)] * args.num_envs
+    envs = ReplayableVectorEnv(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
+    seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
+    envs.reset(seed=[int(seed) for seed in seeds])
+    return envs
+
+
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """One environment with Box actions and flat observations; what is neither is refused."""
-    with contextlib.suppress(ImportError):  # MuJoCo's warnings would go into ./MUJOCO_LOG.TXT
+    """One environment with Box actions and flat observations. Any other space is refused."""
+    with contextlib.suppress(ImportError):  # otherwise MuJoCo writes ./MUJOCO_LOG.TXT
         __import__("mujoco").set_mju_user_warning(lambda message: None)
     try:
         env = gym.make(args.env_id, **({"render_mode": render_mode} if render_mode else {}))
@@ -445,214 +569,75 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     return ReplayableEnv(env)
 
 
-def make_envs(args: Args) -> ReplayableVectorEnv:
-    """`num_envs` environments stepped together, each started with a seed of its own."""
-    envs = ReplayableVectorEnv([lambda: make_env(args)] * args.num_envs)
-    seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
-    envs.reset(seed=[int(seed) for seed in seeds])
-    return envs
+class ActionScaler:
+    """Clips what the policy outputs into a Box. Where it is bounded, [-1, 1] is its whole range.
 
-
-# ---- Training ------------------------------------------------------------------------------------
-
-
-class RolloutBuffer:
-    """One iteration's transitions: actions[t], taken in obs[t], led to rewards[t] and next_obs[t].
-
-    terminations[t] says that transition t ended its episode for good, dones[t] that it ended it at
-    all. Shapes: (num_steps, num_envs, ...).
+    Shapes: tensor (..., dim) -> array (..., *box.shape) of the box's dtype.
     """
 
-    def __init__(
-        self, num_steps: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device
-    ) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros((num_steps, num_envs, *shape), device=device)
+    def __init__(self, box: gym.spaces.Box) -> None:
+        float_dtype = np.result_type(box.dtype, np.float32)  # integers would overflow
+        self.low, self.high = (x.flatten().astype(float_dtype) for x in (box.low, box.high))
+        self.box, self.dim = box, len(self.low)
 
-        self.obs, self.next_obs, self.actions = zeros(obs_dim), zeros(obs_dim), zeros(action_dim)
-        self.log_probs, self.rewards, self.terminations, self.dones = (zeros() for _ in range(4))
-
-
-class LoopState(dict):
-    """Plain numbers of the training loop that must survive a kill."""
-
-    state_dict = dict.copy
-    load_state_dict = dict.update
-
-
-def train(args: Args) -> None:
-    # Setup
-    device = setup(args)
-    envs = make_envs(args)
-    action_space = envs.single_action_space
-    wide = np.result_type(action_space.dtype, np.float32)  # integers would overflow
-    low, high = (x.flatten().astype(wide) for x in (action_space.low, action_space.high))
-    obs_dim, action_dim = envs.single_observation_space.shape[0], len(low)
-
-    actor = GaussianActor(obs_dim, action_dim, args.log_std_init).to(device)
-    critic = ValueCritic(obs_dim).to(device)
-    parameters = [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
-    obs_normalizer = (ObsNormalizer(obs_dim) if args.norm_obs else nn.Identity()).to(device)
-    reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
-    buffer = RolloutBuffer(args.num_steps, args.num_envs, obs_dim, action_dim, device)
-    penalised = "kl-penalty" in args.policy_objective
-    policy_clip = args.clip_coef if "clip" in args.policy_objective else math.inf
-    value_clip = args.clip_coef if args.clip_vloss else math.inf
-    loop = LoopState(kl_coef=args.kl_coef if penalised else 0.0)
-
-    def to_tensor(array: np.ndarray) -> Tensor:
-        return torch.as_tensor(array, dtype=torch.float32, device=device)
-
-    def to_env(action: Tensor) -> np.ndarray:
-        inside = to_box(action.cpu().numpy(), low, high)
-        if not np.issubdtype(action_space.dtype, np.floating):
+    def __call__(self, actions: Tensor) -> np.ndarray:
+        low, high, unscaled = self.low, self.high, actions.cpu().numpy()
+        with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
+            scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
+            inside = np.clip(np.where(np.isfinite(high - low), scaled, unscaled), low, high)
+        if not np.issubdtype(self.box.dtype, np.floating):
             inside = np.rint(inside)
-        return inside.astype(action_space.dtype).reshape(*action.shape[:-1], *action_space.shape)
-
-    @torch.no_grad()
-    def deterministic_policy(obs: np.ndarray) -> np.ndarray:
-        mean, _ = actor(obs_normalizer(to_tensor(obs)))
-        return to_env(mean)
-
-    def gradient_step(obs, actions, old_log_probs, advantages, returns, old_values, kl_coef):
-        """Gradient of the loss on one minibatch, no longer than max_grad_norm, and metrics."""
-        mean, log_std = actor(obs)
-        log_ratio = gaussian_log_prob(mean, log_std, actions) - old_log_probs
-        values = critic(obs)
-        assert log_ratio.shape == values.shape == advantages.shape == returns.shape
-        if args.norm_adv and len(advantages) > 1:  # one sample has no spread to divide by
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
-        policy_loss = ppo_policy_loss(log_ratio, advantages, policy_clip, kl_coef)
-        critic_loss = value_loss(values, old_values, returns, value_clip)
-        entropy = gaussian_entropy(log_std)
-        loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy
-        gradients = torch.autograd.grad(loss, parameters)
-        grad_norm = nn.utils.get_total_norm(gradients)
-        shrink = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-        metrics = {
-            "losses/policy_loss": policy_loss.detach(),
-            "losses/value_loss": critic_loss.detach(),
-            "losses/entropy": entropy.detach(),
-            "losses/grad_norm": grad_norm,
-        }
-        return [gradient * shrink for gradient in gradients], metrics, log_ratio.detach()
-
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad in the same graph
-        gradient_step = torch.compile(gradient_step, fullgraph=True)
-    state = {"actor": actor, "critic": critic, "optimizer": optimizer, "envs": envs, "loop": loop}
-    state |= {"obs_normalizer": obs_normalizer, "reward_scaler": reward_scaler}
-    run = Run(args, device, state, deterministic_policy, make_env)  # --resume: restores the state
-    obs = envs.obs
-
-    while not run.finished:
-        remaining = 1 - run.global_step / args.total_timesteps
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
-        optimizer.param_groups[0]["lr"] = learning_rate
-
-        for t in range(args.num_steps):
-            # 1. Act
-            with torch.no_grad():
-                buffer.obs[t] = to_tensor(obs)
-                mean, log_std = actor(obs_normalizer(buffer.obs[t]))
-                buffer.actions[t] = mean + log_std.exp() * torch.randn_like(mean)
-                buffer.log_probs[t] = gaussian_log_prob(mean, log_std, buffer.actions[t])
-
-            # 2. Step the environments
-            obs, rewards, terminations, truncations, infos = envs.step(to_env(buffer.actions[t]))
-            dones = terminations | truncations
-            next_obs = obs.copy()  # what the actions led to, while obs may begin a new episode
-            if dones.any():
-                next_obs[dones] = np.stack(infos["final_obs"][dones])
-                ended = infos["final_info"]
-                run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
-            buffer.next_obs[t] = to_tensor(next_obs)
-            buffer.rewards[t] = to_tensor(rewards)
-            buffer.terminations[t] = to_tensor(terminations)
-            buffer.dones[t] = to_tensor(dones)
-
-        norm_obs, norm_next_obs = obs_normalizer(buffer.obs), obs_normalizer(buffer.next_obs)
-        rewards, reward_scale = buffer.rewards, 1.0
-        if args.norm_reward:
-            reward_scaler.observe(buffer.rewards, buffer.dones)
-            rewards, reward_scale = reward_scaler(buffer.rewards), reward_scaler.scale
-
-        for epoch in range(args.update_epochs):
-            # 3. Targets
-            if epoch == 0 or args.recompute_advantages:
-                with torch.no_grad():
-                    values, next_values = critic(norm_obs), critic(norm_next_obs)
-                advantages = compute_gae(
-                    rewards, values, next_values, buffer.terminations, buffer.dones,
-                    args.gamma, args.gae_lambda,
-                )
-                returns = advantages + values
-            if epoch == 0:  # the critic before it learns from this rollout
-                old_values = values
-                metrics = {
-                    "losses/values": (values.mean() * reward_scale).item(),  # unscaled
-                    "losses/explained_variance": explained_variance(values, returns).item(),
-                }
-
-            # 4. Update
-            batch = (norm_obs, buffer.actions, buffer.log_probs, advantages, returns, old_values)
-            order = torch.randperm(args.batch_size, device=device)
-            shuffled = [x.flatten(0, 1)[order].chunk(args.num_minibatches) for x in batch]
-            kl_coef = torch.tensor(loop["kl_coef"], device=device) if penalised else None
-            steps, log_ratios = [], []
-            for minibatch in zip(*shuffled, strict=True):
-                gradients, step_metrics, log_ratio = gradient_step(*minibatch, kl_coef)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
-                steps.append(step_metrics)
-                log_ratios.append(log_ratio)
-            for name in steps[0]:  # means over the epoch; the last epoch's are logged
-                metrics[name] = torch.stack([step[name] for step in steps]).mean().item()
-            log_ratio = torch.cat(log_ratios)
-            metrics["losses/approx_kl"] = approximate_kl(log_ratio).item()
-            metrics["losses/clipfrac"] = clip_fraction(log_ratio, args.clip_coef).item()
-            metrics["losses/effective_sample_size"] = effective_sample_size(log_ratio).item()
-            too_far = args.target_kl and metrics["losses/approx_kl"] > 1.5 * args.target_kl
-            if too_far and not penalised:
-                break
-
-        if penalised:
-            with torch.no_grad():
-                mean, log_std = actor(norm_obs)
-                log_probs = gaussian_log_prob(mean, log_std, buffer.actions)
-                kl = approximate_kl(log_probs - buffer.log_probs).item()
-            loop["kl_coef"] = adapt_kl_coef(loop["kl_coef"], kl, args.target_kl)
-        if args.norm_obs:  # only now: the whole iteration sees the world through one normaliser
-            obs_normalizer.update(buffer.obs.flatten(0, 1))
-
-        # 5. Log, checkpoint, evaluate
-        metrics |= {"charts/learning_rate": learning_rate, "charts/kl_coef": loop["kl_coef"]}
-        run.end_iteration(run.global_step + args.batch_size, metrics)
-    run.finish()
+        return inside.astype(self.box.dtype).reshape(*actions.shape[:-1], *self.box.shape)
 
 
 # ---- Run infrastructure: the same bytes in every script ------------------------------------------
 
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-LONGEST_EPISODE = 50_000  # steps that a resume replays and an evaluation plays, where none ends
+LONGEST_EPISODE = 50_000  # steps that a resume repeats at most, and that an evaluation plays
 
 
-def stop(message: str, code: int = 2) -> NoReturn:
-    """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
-    tqdm.write(message, file=sys.stderr)
-    sys.exit(code)
+def parse_count(text: str) -> int:
+    """Read a whole number that may be written 1000000, 1_000_000 or 1e6."""
+    if not float(text).is_integer():
+        raise ValueError(f"not a whole number: {text}")
+    return int(float(text)) if "e" in text.lower() or "." in text else int(text)
+
+
+Count = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="INT", instance_from_str=lambda texts: parse_count(texts[0]),
+        is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [f"{x:_}"],
+    ),
+]
+Text = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+
+
+def require(args: Any, names: str, allowed: Callable[[Any], bool], text: str) -> None:
+    """Check fields of the arguments. Raises: ValueError, which tyro reports with exit code 2."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not allowed(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be {text}, got {value}")
+
+
+def check_run_args(args: Any) -> None:
+    """Check the arguments that every script has. Raises: ValueError."""
+    counts = "total_timesteps num_envs eval_episodes torch_threads"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
+    require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
+    require(args, "resume evaluate", lambda x: x != "", "the path of a run folder")
+    require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
 
 
 def parse_args(args_class: type) -> Any:
-    """The command line's arguments; with --resume or --evaluate what it lacks is the folder's."""
-    args = tyro.cli(args_class)
+    """The command line's arguments. With --resume or --evaluate the run folder has the rest."""
+    args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
-    if folder is None:
-        return args
+    if folder is None:  # the defaults may depend on the environment
+        return tyro.cli(args_class, default=args_class(env_id=args.env_id))
     try:
         about = json.loads(Path(folder, "args.json").read_text())
         if about["script"] != SCRIPT.name:
@@ -663,7 +648,7 @@ def parse_args(args_class: type) -> Any:
         here = {"run_dir": folder, "resume": args.resume, "evaluate": args.evaluate}
         old = args_class(**{name: about["args"][name] for name in names} | here)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        stop(f"error: {flag} {folder}: not a whole run folder: {error!r}")
+        stop(f"error: {flag} {folder}: not a complete run folder: {error!r}")
     args = tyro.cli(args_class, default=old)
     free = "device torch_threads track capture_video eval_episodes "
     free += "eval_frequency checkpoint_frequency total_timesteps" if args.resume else "seed"
@@ -675,12 +660,18 @@ def parse_args(args_class: type) -> Any:
     return args
 
 
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
+    tqdm.write(message, file=sys.stderr)
+    sys.exit(code)
+
+
 def setup(args: Any) -> torch.device:
-    """Seed every generator, set the threads, and return the device."""
+    """Seed every generator, set the number of threads, and return the device."""
     if args.compile and not args.evaluate and not shutil.which(os.environ.get("CXX", "g++")):
-        stop("error: --compile needs a C++ compiler, such as g++, which is not here")
+        stop("error: --compile needs a C++ compiler, such as g++, and found none")
     if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a display only when told
+        os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a display
     torch.set_num_threads(args.torch_threads)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -689,6 +680,16 @@ def setup(args: Any) -> torch.device:
     if args.device not in ["auto", *found]:
         stop(f"error: --device {args.device}: torch finds none here; use auto or cpu")
     return torch.device(found[0] if args.device == "auto" else args.device)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Which code runs, and on what."""
+    names = [x for x in ("torch", "gymnasium", "numpy", "mujoco") if x in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in names}
+    git = [shutil.which("git") or "false", "-C", str(SCRIPT.parent), "rev-parse", "--verify"]
+    commit = subprocess.run([*git, "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {"script": SCRIPT.name, "sha256": SHA256, "git": commit or None, "device": str(device)}
+    return about | {"versions": versions | {"python": sys.version.split()[0]}}
 
 
 def rng_state() -> dict[str, Any]:
@@ -707,27 +708,30 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 class ReplayableEnv(gym.Wrapper):
-    """An environment whose whole state is small: its episode's own seed, and the actions since.
+    """An environment that is saved as the seed of its current episode and the actions since.
 
-    Restoring resets with that seed and repeats the actions. That is exact if reset(seed) fixes the
-    episode; where observation or return come out otherwise, the episode restarts, and says so.
-    `info` keeps only the episode's return and length, on its last step.
+    Restoring repeats the actions, which is exact if reset(seed) determines the episode; if they end
+    elsewhere, a new episode starts. `info` holds return and length on an episode's last step.
     """
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         if seed is not None:
             self.seed, self.episode = seed, 0
         episode_seed = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
-        self.episode, self.actions, self.length, self.episodic_return = self.episode + 1, [], 0, 0.0
-        self.obs = np.array(self.env.reset(seed=int(episode_seed), options=options)[0])
+        obs, _ = self.env.reset(seed=int(episode_seed), options=options)
+        self.episode += 1
+        self.actions, self.length = [], 0
+        self.episodic_return = 0.0
+        self.obs = np.array(obs)
         return self.obs, {}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
         if self.length < LONGEST_EPISODE:
-            self.actions.append(np.array(action))  # copies: some environments write into arrays
+            self.actions.append(np.array(action))  # a copy: some environments change their action
         obs, reward, termination, truncation, _ = self.env.step(action)
         self.obs = np.array(obs)
-        self.length, self.episodic_return = self.length + 1, self.episodic_return + float(reward)
+        self.length += 1
+        self.episodic_return += float(reward)
         ended = {"return": self.episodic_return, "length": self.length}
         return self.obs, reward, termination, truncation, ended if termination or truncation else {}
 
@@ -739,7 +743,7 @@ class ReplayableEnv(gym.Wrapper):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seed, self.episode = state["seed"], state["episode"] - 1
         exact = False
-        with contextlib.suppress(Exception):  # what it raises where it went another way
+        with contextlib.suppress(Exception):  # an episode that differs may raise anything
             self.reset()
             for action in state["actions"].numpy():
                 self.step(action)
@@ -751,43 +755,36 @@ class ReplayableEnv(gym.Wrapper):
 
 
 class Run:
-    """A run and its folder; knows nothing of the algorithm.
+    """A run and its folder. Knows nothing of the algorithm.
 
-    `state` names all that must survive a kill; each part has state_dict() and load_state_dict().
-    `policy` maps one observation to the deterministic action.
+    `state` names everything that must survive a kill; each part has state_dict() and
+    load_state_dict(). `policy` maps one observation to the deterministic action.
     """
 
     SAVED = ("global_step", "wall_time", "wandb_id")
 
-    def __init__(self, args: Any, device: Any, state: dict, policy: Callable, make_env: Callable):
-        self.args, self.device, self.state = args, str(device), state
-        self.policy, self.make_env = policy, make_env
+    def __init__(self, args: Any, device: torch.device, state: dict, policy: Callable) -> None:
+        self.args, self.device = args, device
+        self.state, self.policy = state, policy
         name = f"{args.env_id.replace('/', '-')}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or f"runs/{name}")
-        self.global_step, self.wall_time, self.wandb_id = 0, 0.0, uuid.uuid4().hex[:8]
-        self.episodes, self.recent, self.result = [], "no episode yet", {}
-        self.signal, self.wandb, self.bar, self.last_line = 0, None, tqdm(disable=True), 0.0
+        self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
+        self.wandb, self.wandb_id = None, None
+        self.episodes = []  # (return, length) of those that ended since the last line of metrics
+        self.recent_return = "no episode yet"
+        self.result = {}  # the last evaluation, if nothing was learned since
+        self.bar, self.last_line = tqdm(disable=True), 0.0
+        self.signal = 0
         self.refuse_what_would_fail()
-        if args.resume or args.evaluate:
-            self.load_checkpoint()
-        self.start_time = time.time() - self.wall_time
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        if args.evaluate:
-            return
-        with self.writing():
-            self.open_folder()
-        if args.track:
-            self.start_wandb()
-        total, begun = args.total_timesteps, self.global_step
-        self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
 
     @property
     def finished(self) -> bool:
-        return bool(self.args.evaluate) or self.global_step >= self.args.total_timesteps
+        return self.global_step >= self.args.total_timesteps
 
     def refuse_what_would_fail(self) -> None:
-        """The user's mistakes that can be seen before any file is written."""
+        """Report the user's mistakes that can be seen before any file is written."""
         if (self.dir / "args.json").exists() and not (self.args.resume or self.args.evaluate):
             stop(f"error: --run-dir {self.dir} holds a run: name another, or --resume {self.dir}")
         tracks = self.args.track and not self.args.evaluate
@@ -796,23 +793,21 @@ class Run:
         if self.args.capture_video:
             try:
                 import moviepy  # noqa: F401  RecordVideo needs it
-
-                env = self.make_env(self.args, "rgb_array")
+                env = make_env(self.args, "rgb_array")
                 env.reset(seed=0)
                 env.render()
                 env.close()
-            except Exception as error:  # each renderer has its own
+            except Exception as error:  # each renderer raises its own
                 stop(f"error: --capture-video: cannot render {self.args.env_id} here: {error!r}")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """A full or read-only disk ends the run in one line, and what was whole stays whole."""
+        """Turn a write error into a one-line exit; complete files stay intact."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of an OSError
-            begun, reason = (self.dir / "args.json").exists(), error.__context__ or error
-            go_on = f"then --resume {self.dir}" if begun else "or name another --run-dir"
-            stop(f"error: cannot write {self.dir}: {reason}: make room, {go_on}")
+        except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
+            way_out = f"make room, then --resume {self.dir}, or name another --run-dir"
+            stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
 
     def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
         """Write a file so that a kill at any instant leaves the old one or the new one."""
@@ -823,13 +818,23 @@ class Run:
             os.fsync(file.fileno())
         os.replace(temporary, self.dir / name)
 
+    def begin(self) -> None:
+        """Start the clock, the run folder, wandb and the progress bar."""
+        self.start_time = time.time() - self.wall_time
+        with self.writing():
+            self.open_folder()
+        if self.args.track:
+            self.start_wandb()
+        total, begun = self.args.total_timesteps, self.global_step
+        self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
+
     def open_folder(self) -> None:
         """Make the folder of a new run, or cut a resumed one's metrics back to its checkpoint."""
         self.dir.mkdir(parents=True, exist_ok=True)
-        about, lines = self.describe(), []
+        about, lines = describe(self.device), []
         if self.args.resume:
             about = json.loads((self.dir / "args.json").read_text())
-            with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: a torn last line
+            with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: half a last line
                 for text in (self.dir / "metrics.jsonl").read_text().splitlines():
                     lines.append(json.loads(text))
         lines = [line for line in lines if line["global_step"] <= self.global_step]
@@ -842,25 +847,15 @@ class Run:
         if not self.args.resume and self.dir.resolve() != SCRIPT.parent:
             shutil.copyfile(SCRIPT, self.dir / SCRIPT.name)
 
-    def describe(self) -> dict[str, Any]:
-        """Which code runs, and on what."""
-        names = ("torch", "gymnasium", "numpy", "mujoco")
-        versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
-        versions["python"] = sys.version.split()[0]
-        git = [shutil.which("git") or "false", "-C", str(SCRIPT.parent), "rev-parse", "--verify"]
-        commit = subprocess.run([*git, "HEAD"], capture_output=True, text=True).stdout.strip()
-        about = {"script": SCRIPT.name, "sha256": SHA256, "git": commit or None}
-        return about | {"versions": versions, "device": self.device}
-
     def start_wandb(self) -> None:
-        """Track online where a key and the network allow it, offline otherwise; never ask."""
+        """Log online where a key and the network allow it, otherwise offline; never ask."""
         import wandb
-
         os.environ["WANDB_CACHE_DIR"] = os.environ["WANDB_DATA_DIR"] = str(self.dir.resolve())
         args, settings = self.args, wandb.Settings(silent=True, console="off", x_disable_stats=True)
         for mode in (os.environ.get("WANDB_MODE", "online"), "offline"):
             with contextlib.suppress(wandb.Error):  # no network, a wrong key, an unknown entity
                 if mode != "online" or wandb.login(prompt=False):
+                    self.wandb_id = self.wandb_id or wandb.util.generate_id()
                     self.wandb = wandb.init(
                         project=args.wandb_project_name, entity=args.wandb_entity, mode=mode,
                         name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", dir=self.dir,
@@ -874,7 +869,7 @@ class Run:
 
     def on_signal(self, number: int, frame: Any) -> None:
         self.signal = number
-        os.write(2, b"\nfinishing what must be finished; once more ends at once\n")
+        os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
         signal.signal(number, signal.SIG_DFL)
 
     def save_checkpoint(self) -> None:
@@ -883,10 +878,11 @@ class Run:
         with self.writing():
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
-    def load_checkpoint(self) -> None:
+    def restore(self) -> int:
+        """Load the checkpoint, for --evaluate only the networks of it. Returns its global step."""
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
-            return  # killed before its first checkpoint: from step 0
+            return 0  # killed before its first checkpoint
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             for name, part in self.state.items():
@@ -894,30 +890,33 @@ class Run:
                     part.load_state_dict(checkpoint[name])
             vars(self).update({name: checkpoint[name] for name in self.SAVED})
             set_rng_state(checkpoint["rng"])
-        except Exception as error:  # a file can be wrong in any way
+        except Exception as error:  # a damaged file can raise anything
             stop(f"error: {path} is no checkpoint of this run: {error!r:.200}")
+        return self.global_step
 
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
-        """Do what is due at this step: metrics, evaluation, checkpoint, and what a signal asked."""
+        """Log; evaluate and save where it is due; end the run if a signal asked for it."""
         previous, self.global_step = self.global_step, global_step
 
-        def due(frequency: int) -> bool:
+        def passed(frequency: int) -> bool:
             return frequency > 0 and global_step // frequency > previous // frequency
 
         self.stop_unless_finite(metrics)
         if self.episodes:
-            means = np.mean(self.episodes, axis=0).tolist()
-            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = means
-            metrics["charts/episodes"], self.episodes = len(self.episodes), []
-            self.recent = f"return {means[0]:.1f}"
+            mean_return, mean_length = np.mean(self.episodes, axis=0).tolist()
+            metrics["charts/episodic_return"] = mean_return
+            metrics["charts/episodic_length"] = mean_length
+            metrics["charts/episodes"] = len(self.episodes)
+            self.recent_return = f"return {mean_return:.1f}"
+            self.episodes = []
         self.wall_time = time.time() - self.start_time
         metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
         self.result = {}
-        if due(self.args.eval_frequency) and not self.finished:
+        if passed(self.args.eval_frequency) and not self.finished:
             self.evaluate()
         signalled = self.signal
-        if self.finished or signalled or due(self.args.checkpoint_frequency):
+        if self.finished or signalled or passed(self.args.checkpoint_frequency):
             self.save_checkpoint()
         self.show_progress(metrics["charts/SPS"])
         if signalled and not self.finished:
@@ -925,7 +924,7 @@ class Run:
             stop(f"stopped; go on: python {SCRIPT.name} --resume {self.dir}", 128 + signalled)
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
-        """A NaN ends the run while its last checkpoint is still good."""
+        """A NaN or infinity ends the run while its last checkpoint is still good."""
         bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
             tensors = part.state_dict().values() if isinstance(part, nn.Module) else []
@@ -944,16 +943,17 @@ class Run:
 
     def show_progress(self, speed: float) -> None:
         step, total = self.global_step, self.args.total_timesteps
-        self.bar.set_postfix_str(self.recent, refresh=False)
+        self.bar.set_postfix_str(self.recent_return, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.time() > self.last_line + 10:
-            self.last_line, left = time.time(), f"{(total - step) / speed:.0f} s left"
-            print(f"{step}/{total} steps, {speed:.0f}/s, {left}, {self.recent}", file=sys.stderr)
+            self.last_line = time.time()
+            times = f"{speed:.0f}/s, {(total - step) / speed:.0f} s left"
+            print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)
 
     def evaluate(self) -> None:
-        """Play whole episodes, the same every time, and log them; training does not notice."""
+        """Play whole episodes, always from the same seed, and log them. Training is not changed."""
         before, video = rng_state(), self.args.capture_video
-        env = self.make_env(self.args, "rgb_array" if video else None)
+        env = make_env(self.args, "rgb_array" if video else None)
         if video:
             folder, name = str(self.dir / "videos"), f"step-{self.global_step}"
             gym.logger.min_level = gym.logger.ERROR  # RecordVideo warns of videos already there
@@ -970,12 +970,12 @@ class Run:
                 returns[-1] += float(reward)
                 if termination or truncation:
                     break
-            if self.signal and self.finished:
-                stop(f"stopped; again: python {SCRIPT.name} --resume {self.dir}", 128 + self.signal)
+            if self.signal and (self.finished or self.args.evaluate):
+                flag = "--evaluate" if self.args.evaluate else "--resume"
+                stop(f"stopped; again: python {SCRIPT.name} {flag} {self.dir}", 128 + self.signal)
         env.close()
         if video and self.wandb:
             from wandb import Video
-
             clip = Video(f"{folder}/{name}-episode-0.mp4", format="mp4")
             self.wandb.log({"global_step": self.global_step, "eval/video": clip})
         set_rng_state(before)
@@ -985,7 +985,7 @@ class Run:
             self.write_metrics(self.result)
 
     def finish(self) -> None:
-        """Print the final evaluation as the last line of stdout; the checkpoint is safe by now."""
+        """Evaluate, unless that is done, and print the result as the last line of stdout."""
         if not self.result:
             self.evaluate()
         mean, std, episodes = self.result.values()

@@ -1,11 +1,18 @@
 """What the tests share: the scripts, a cheap command line for each, ways to run and load them."""
 
+import contextlib
+import functools
 import importlib.util
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +21,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# A run of a few seconds for every script; a script without a line here fails the tests below.
+# A run of a second for every script; a script without a line here fails the tests below.
 QUICK = {
     "ppo_continuous": "--env-id Pendulum-v1 --num-envs 2 --num-steps 64 --num-minibatches 4 "
     "--update-epochs 2 --total-timesteps 512 --eval-episodes 2",
@@ -23,6 +30,9 @@ QUICK = {
 }
 QUICK["double_dqn_per"] = QUICK["dqn"]
 DISCRETE = {"dqn", "double_dqn_per"}  # scripts whose actions are numbers
+# The infrastructure is the same bytes in every script (test_style.py), so what checks these bytes
+# alone, and neither a script's `state` nor its spaces nor its loop, runs on this one.
+ONE = "ppo_continuous"
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(TESTS))  # so that gymnasium finds "probes:Name-v0"
@@ -49,7 +59,7 @@ def command(script, *arguments, quick=True):
     return [sys.executable, str(ROOT / f"{script}.py"), *words, *map(str, arguments)]
 
 
-def run(script, *arguments, quick=True, code=0, cwd=None, **extra):
+def run_process(script, *arguments, quick=True, code=0, cwd=None, **extra):
     """Run a script to its end in a process of its own and check its exit code."""
     done = subprocess.run(
         command(script, *arguments, quick=quick),
@@ -63,11 +73,42 @@ def run(script, *arguments, quick=True, code=0, cwd=None, **extra):
     return done
 
 
+def run(script, *arguments, quick=True, code=0, module=None):
+    """The same in this process, which saves the seconds that importing torch takes."""
+    module = module or load(script)
+    words = command(script, *arguments, quick=quick)[1:]
+    out, err, returncode = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with (
+        mock.patch.object(sys, "argv", words),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            module.train(module.parse_args(module.Args))
+        except SystemExit as stopped:
+            returncode = stopped.code
+        except Exception:  # as Python would at the top level
+            traceback.print_exc()
+            returncode = 1
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    done = SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), returncode=returncode)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@functools.cache
 def load(script):
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
+    return load_file(ROOT / f"{script}.py")
+
+
+def load_file(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[script] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
@@ -102,11 +143,31 @@ def same(left, right):
     return left == right
 
 
+def assert_same_end(folder, reference):
+    """Two runs, one of them interrupted, end in the same checkpoint and the same metrics."""
+    assert same(checkpoint(folder), checkpoint(reference))
+    assert without_times(metrics(folder)) == without_times(metrics(reference))
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each script in turn."""
     assert request.param in QUICK, f"{request.param} needs a line in QUICK in tests/conftest.py"
     return request.param
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """One finished quick run per script, not to be changed: (what it printed, its folder)."""
+    runs = {}
+
+    def get(script):
+        if script not in runs:
+            folder = tmp_path_factory.mktemp(script) / "run"
+            runs[script] = run(script, "--run-dir", folder), folder
+        return runs[script]
+
+    return get
 
 
 @pytest.fixture(scope="session")

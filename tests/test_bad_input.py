@@ -8,67 +8,72 @@ import subprocess
 
 import pytest
 import torch
-from conftest import checkpoint, command, environ, load, metrics, probe, run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    runs = {}
-
-    def get(script):
-        if script not in runs:
-            runs[script] = tmp_path_factory.mktemp(script) / "run"
-            run(script, "--run-dir", runs[script])
-        return runs[script]
-
-    return get
+from conftest import (
+    ONE,
+    checkpoint,
+    command,
+    environ,
+    load,
+    metrics,
+    probe,
+    run,
+    run_process,
+)
 
 
 @pytest.fixture
 def copied(finished, tmp_path):
     def get(script):
-        return shutil.copytree(finished(script), tmp_path / "copy")
+        return shutil.copytree(finished(script)[1], tmp_path / "copy")
 
     return get
 
 
-def refuse(script, *arguments, quick=True, says=(), **extra):
-    done = run(script, *arguments, quick=quick, code=2, **extra)
+def assert_refused(done, says=()):
     assert "Traceback" not in done.stderr and not done.stdout
     for text in says:
         assert text in done.stderr, done.stderr
     return done.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        ("--env-id Nothing-v0", ["error: --env-id Nothing-v0"]),
-        ("--env-id nomodule:Nothing-v0", ["error: --env-id nomodule:Nothing-v0"]),
-        ("--env-id PROBE:Picture", ["error: --env-id", "Picture"]),
-        ("--num-envs 0", ["--num-envs", "at least 1", "0"]),
-        ("--num-envs -3", ["--num-envs", "-3"]),
-        ("--total-timesteps 0", ["--total-timesteps"]),
-        ("--total-timesteps 1.5", ["--total-timesteps"]),
-        ("--gamma 1.5", ["--gamma", "between 0 and 1", "1.5"]),
-        ("--gamma nan", ["--gamma"]),
-        ("--learning-rate nan", ["--learning-rate"]),
-        ("--learning-rate 0", ["--learning-rate"]),
-        ("--seed -1", ["--seed"]),
-        ("--seed 100000000000000000000", ["--seed"]),
-        ("--eval-episodes 0", ["--eval-episodes"]),
-        ("--checkpoint-frequency -1", ["--checkpoint-frequency"]),
-        ("--totl-timesteps 5", ["--total-timesteps"]),
-        ("--env-id PROBE:Probe --capture-video", ["--capture-video", "rendered"]),
-    ],
-)
-def test_bad_arguments(script, arguments, says, tmp_path):
-    if "PROBE:" in arguments:
-        name = arguments.split("PROBE:")[1].split()[0]
-        arguments = arguments.replace(f"PROBE:{name}", probe(script, name))
-    says = ["error: --capture-video"] if "--capture-video" in arguments else says
-    refuse(script, *arguments.split(), "--run-dir", tmp_path / "r", says=says)
-    assert not list(tmp_path.iterdir())
+def refuse(script, *arguments, quick=True, says=()):
+    return assert_refused(run(script, *arguments, quick=quick, code=2), says)
+
+
+BAD_ARGUMENTS = [
+    ("--env-id Nothing-v0", ["error: --env-id Nothing-v0"]),
+    ("--env-id nomodule:Nothing-v0", ["error: --env-id nomodule:Nothing-v0"]),
+    ("--env-id PROBE:Picture", ["error: --env-id", "Picture"]),
+    ("--num-envs 0", ["--num-envs", "at least 1", "0"]),
+    ("--num-envs -3", ["--num-envs", "-3"]),
+    ("--total-timesteps 0", ["--total-timesteps"]),
+    ("--total-timesteps 1.5", ["--total-timesteps"]),
+    ("--gamma 1.5", ["--gamma", "between 0 and 1", "1.5"]),
+    ("--gamma nan", ["--gamma"]),
+    ("--learning-rate nan", ["--learning-rate"]),
+    ("--learning-rate 0", ["--learning-rate"]),
+    ("--seed -1", ["--seed"]),
+    ("--seed 100000000000000000000", ["--seed"]),
+    ("--eval-episodes 0", ["--eval-episodes"]),
+    ("--checkpoint-frequency -1", ["--checkpoint-frequency"]),
+    ("--totl-timesteps 5", ["--total-timesteps"]),
+    ("--env-id PROBE:Probe --capture-video", ["error: --capture-video"]),
+]
+
+
+def test_bad_arguments(script, tmp_path):
+    for arguments, says in BAD_ARGUMENTS:
+        for name in ("Picture", "Probe"):
+            arguments = arguments.replace(f"PROBE:{name}", probe(script, name))
+        refuse(script, *arguments.split(), "--run-dir", tmp_path / "r", says=says)
+        assert not list(tmp_path.iterdir()), arguments
+
+
+def test_a_refusal_in_a_process_of_its_own(tmp_path):
+    done = run_process(ONE, "--gamma", "1.5", "--run-dir", tmp_path / "r", code=2)
+    assert_refused(done, ["--gamma", "between 0 and 1"])
+    done = run_process(ONE, "--env-id", "Nothing-v0", "--run-dir", tmp_path / "r", code=2)
+    assert len(assert_refused(done, ["error: --env-id Nothing-v0"]).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,31 +95,32 @@ def test_bad_arguments_of_ppo(arguments, says, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_device_that_is_not_there(script, tmp_path):
-    refuse(script, "--device", "cuda", "--run-dir", tmp_path / "r", says=["error: --device cuda"])
+def test_a_device_that_is_not_there(tmp_path):
+    refuse(ONE, "--device", "cuda", "--run-dir", tmp_path / "r", says=["error: --device cuda"])
 
 
-def test_a_folder_that_holds_a_run_is_refused(script, finished):
-    folder = finished(script)
+def test_a_folder_that_holds_a_run_is_refused(finished):
+    folder = finished(ONE)[1]
     before = (folder / "args.json").read_bytes()
-    refuse(script, "--run-dir", folder, says=["error: --run-dir", f"--resume {folder}"])
+    refuse(ONE, "--run-dir", folder, says=["error: --run-dir", f"--resume {folder}"])
     assert (folder / "args.json").read_bytes() == before
 
 
-def test_a_folder_that_cannot_be_written(script, tmp_path):
+def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    refuse(script, "--run-dir", tmp_path / "file" / "run", says=["error: cannot write"])
+    refuse(ONE, "--run-dir", tmp_path / "file" / "run", says=["error: cannot write"])
 
 
 def test_resuming_with_other_arguments(script, finished):
-    folder = finished(script)
+    folder = finished(script)[1]
     for arguments in (
         ["--gamma", 0.5],
         ["--seed", 2],
         ["--num-envs", 4],
         ["--total-timesteps", 256],
+        ["--no-anneal-lr"],
     ):
-        flag = str(arguments[0])
+        flag = str(arguments[0]).replace("--no-", "--")
         refuse(script, "--resume", folder, *arguments, quick=False, says=["error:", flag])
     # the default value, given, is refused too where the run has another
     default = load(script).Args().num_envs
@@ -122,36 +128,36 @@ def test_resuming_with_other_arguments(script, finished):
     refuse(script, "--evaluate", folder, "--gamma", 0.5, quick=False, says=["--gamma"])
 
 
-def test_resume_and_evaluate_exclude_each_other(script, finished):
-    folder = finished(script)
-    refuse(script, "--resume", folder, "--evaluate", folder, quick=False, says=["--evaluate"])
-    refuse(script, "--resume", "", quick=False, says=["--resume", "run folder"])
+def test_resume_and_evaluate_exclude_each_other(finished):
+    folder = finished(ONE)[1]
+    refuse(ONE, "--resume", folder, "--evaluate", folder, quick=False, says=["--evaluate"])
+    refuse(ONE, "--resume", "", quick=False, says=["--resume", "run folder"])
 
 
-def test_no_such_run(script, tmp_path):
+def test_no_such_run(tmp_path):
     for flag in ("--resume", "--evaluate"):
-        refuse(script, flag, tmp_path / "no", quick=False, says=[f"error: {flag}", "run folder"])
+        refuse(ONE, flag, tmp_path / "no", quick=False, says=[f"error: {flag}", "run folder"])
 
 
-def test_another_scripts_run(script, copied):
-    folder = copied(script)
+def test_another_scripts_run(copied):
+    folder = copied(ONE)
     about = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps(about | {"script": "other.py"}))
-    refuse(script, "--resume", folder, quick=False, says=["error: --resume", "other.py"])
+    refuse(ONE, "--resume", folder, quick=False, says=["error: --resume", "other.py"])
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"args": 3}', "{", '{"script": "x.py"}'])
-def test_a_broken_args_file(script, copied, text):
-    folder = copied(script)
+def test_a_broken_args_file(copied, text):
+    folder = copied(ONE)
     (folder / "args.json").write_text(text)
-    refuse(script, "--resume", folder, quick=False, says=["error: --resume"])
+    refuse(ONE, "--resume", folder, quick=False, says=["error: --resume"])
 
 
-def test_a_changed_script_warns(script, copied):
-    folder = copied(script)
+def test_a_changed_script_warns(copied):
+    folder = copied(ONE)
     about = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps(about | {"sha256": "0"}))
-    assert "warning" in run(script, "--evaluate", folder, quick=False).stderr
+    assert "warning" in run(ONE, "--evaluate", folder, quick=False).stderr
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "shapes", "code"])
@@ -177,38 +183,39 @@ def test_a_corrupt_or_foreign_checkpoint(script, copied, damage):
     assert (path.read_bytes(), (folder / "metrics.jsonl").read_bytes()) == before
 
 
-def test_evaluating_without_a_checkpoint(script, copied):
-    folder = copied(script)
+def test_evaluating_without_a_checkpoint(copied):
+    folder = copied(ONE)
     (folder / "checkpoint.pt").unlink()
-    refuse(script, "--evaluate", folder, quick=False, says=["error:", "checkpoint.pt"])
+    refuse(ONE, "--evaluate", folder, quick=False, says=["error:", "checkpoint.pt"])
 
 
-@pytest.mark.parametrize("limit", [60_000, 3_000, 100])
-def test_a_full_disk(script, tmp_path, limit):
-    """A limit on file sizes stands in for it: one line, exit code 2, what is there stays whole."""
-    folder = tmp_path / "r"
-    done = subprocess.run(
-        command(script, "--run-dir", folder, "--checkpoint-frequency", 128),
+def limited(limit, *arguments, quick=True):
+    """A limit on the size of files stands in for a full disk."""
+    return subprocess.run(
+        command(ONE, *arguments, quick=quick),
         env=environ(), capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [60_000, 3_000, 100])
+def test_a_full_disk(tmp_path, limit):
+    """One line, exit code 2, what is there stays whole."""
+    folder = tmp_path / "r"
+    done = limited(limit, "--run-dir", folder, "--checkpoint-frequency", 128)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.startswith("error: cannot write") and len(done.stderr.splitlines()) == 1
     assert not (folder / "checkpoint.pt").exists()
 
 
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint(script, copied):
-    folder = copied(script)
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(copied):
+    folder = copied(ONE)
     before = (folder / "checkpoint.pt").read_bytes()
     arguments = ["--resume", folder, "--total-timesteps", 1024, "--checkpoint-frequency", 128]
-    done = subprocess.run(
-        command(script, *arguments, quick=False),
-        env=environ(), capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
-    )  # fmt: skip
+    done = limited(60_000, *arguments, quick=False)
     assert done.returncode == 2 and f"--resume {folder}" in done.stderr, done.stderr
     assert (folder / "checkpoint.pt").read_bytes() == before
-    run(script, *arguments, quick=False)
+    run(ONE, *arguments, quick=False)
     assert checkpoint(folder)["global_step"] == 1024
 
 
@@ -224,17 +231,17 @@ def test_a_nan_stops_the_run_before_it_is_saved(script, tmp_path):
     assert all(x.isfinite().all() for x in tensors if isinstance(x, torch.Tensor))
 
 
-def test_an_environments_own_error_keeps_its_traceback(script, tmp_path):
-    done = run(script, "--env-id", probe(script, "Crashing"), "--run-dir", tmp_path / "r", code=1)
+def test_an_environments_own_error_keeps_its_traceback(tmp_path):
+    arguments = ["--env-id", probe(ONE, "Crashing"), "--run-dir", tmp_path / "r"]
+    done = run_process(ONE, *arguments, code=1)
     assert "Traceback" in done.stderr and "the simulator fell over" in done.stderr
 
 
-def test_tracking_without_wandb(script, tmp_path):
+def test_tracking_without_wandb(tmp_path):
     """Neither a missing package nor a mere folder named wandb gets past the start."""
-    (tmp_path / "hidden" / "sitecustomize").mkdir(parents=True)
+    (tmp_path / "hidden").mkdir()
     hide = "import sys\nsys.modules['wandb'] = None\n"
     (tmp_path / "hidden" / "sitecustomize.py").write_text(hide)
-    shutil.rmtree(tmp_path / "hidden" / "sitecustomize")
-    path = f"{tmp_path / 'hidden'}"
-    stderr = refuse(script, "--track", "--run-dir", tmp_path / "r", PYTHONPATH=path)
-    assert "pip install wandb" in stderr and not (tmp_path / "r").exists()
+    arguments = ["--track", "--run-dir", tmp_path / "r"]
+    done = run_process(ONE, *arguments, code=2, PYTHONPATH=f"{tmp_path / 'hidden'}")
+    assert "pip install wandb" in assert_refused(done) and not (tmp_path / "r").exists()
