@@ -1,5 +1,6 @@
 """Tiny environments with known values: each catches one family of bugs (see probes.py)."""
 
+import gymnasium as gym
 import pytest
 import torch
 from conftest import checkpoint, load, metrics, run, training
@@ -69,10 +70,9 @@ def test_its_terminating_twin_does_not(tmp_path):
 def test_best_action_in_a_lopsided_box(tmp_path):
     """The best action is (4.5, -7) in [3, 5] x [-8, 0]."""
     learn(tmp_path, "Target")
-    module = load("ppo_continuous")
-    low, high = torch.tensor([3.0, -8.0]).numpy(), torch.tensor([5.0, 0.0]).numpy()
+    box = gym.make("probes:Target-v0").action_space
     mean, _ = networks(tmp_path)[0](torch.zeros(1))
-    action = module.to_box(mean.detach().numpy(), low, high)
+    action = load("ppo_continuous").ActionScaler(box)(mean.detach())
     assert action.tolist() == pytest.approx([4.5, -7], abs=0.3)
     assert metrics(tmp_path)[-1]["eval/episodic_return"] > -0.05
 
@@ -105,7 +105,6 @@ def test_the_first_gradient_is_on_policy(tmp_path):
     for line in training(tmp_path):
         assert line["losses/approx_kl"] == pytest.approx(0, abs=1e-6)
         assert line["losses/clipfrac"] == 0
-        assert line["losses/effective_sample_size"] == pytest.approx(1)
 
 
 def test_evaluation_is_deterministic_without_exploration(tmp_path):

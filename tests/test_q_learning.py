@@ -1,24 +1,13 @@
 """dqn.py and double_dqn_per.py: replay memories, priorities, targets, clocks, known values."""
 
 import json
-import signal
-import subprocess
-import time
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    checkpoint,
-    command,
-    environ,
-    load,
-    metrics,
-    run,
-    same,
-    training,
-    without_times,
-)
+from conftest import assert_same_end, checkpoint, load, metrics, run, same, training
 
 Q_SCRIPTS = ["dqn", "double_dqn_per"]
 
@@ -35,10 +24,10 @@ def make_memory(script, size, num_envs, obs_shape, stacked):
     return module.PrioritizedReplayBuffer(size, num_envs, obs_shape, stacked, alpha=0.6)
 
 
-def drawable(memory):
-    """Indices of what can be drawn."""
-    numbers = memory.drawable if hasattr(memory, "drawable") else memory.numbers
-    return np.flatnonzero(numbers[: memory.size])
+def valid(memory):
+    """Indices of what can be sampled."""
+    marks = memory.valid if hasattr(memory, "valid") else memory.priorities
+    return np.flatnonzero(marks[: memory.size])
 
 
 class Story:
@@ -79,15 +68,15 @@ class Story:
 
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("stack", [1, 4])
-def test_every_drawable_transition_is_what_happened(q_script, num_envs, stack):
+def test_every_valid_transition_is_what_happened(q_script, num_envs, stack):
     """Stacks and next observations against naive ones, while the memory fills and wraps around."""
     shape = (stack, 2) if stack > 1 else (2,)
     memory = make_memory(q_script, 60, num_envs, shape, stack > 1)
     story = Story(num_envs, stack, seed=stack)
     for step in range(200):
         story.step(memory)
-        indices = drawable(memory)
-        batch = memory.gather(indices)
+        indices = valid(memory)
+        batch = memory.read(indices)
         for i, number in enumerate(batch.actions.tolist()):
             obs, reward, next_obs, termination = story.known[number]
             assert (batch.obs[i].numpy() == obs).all(), (step, number)
@@ -104,15 +93,16 @@ def test_every_drawable_transition_is_what_happened(q_script, num_envs, stack):
             assert set(range(newest, newest + num_envs)) <= set(batch.actions.tolist())
 
 
-def test_uniform_draws_are_uniform_over_what_can_be_drawn():
+def test_uniform_samples_are_uniform_over_what_is_valid():
     memory = make_memory("dqn", 60, 3, (4, 2), True)
     story = Story(3, 4, seed=0)
     for _ in range(90):
         story.step(memory)
     np.random.seed(0)
-    counts = np.bincount(memory.draw(60_000), minlength=memory.size)
-    indices = drawable(memory)
-    assert counts.sum() == counts[indices].sum()
+    actions = memory.sample(60_000).actions.numpy()  # the numbers of the transitions
+    indices = valid(memory)
+    row_of = {number: row for row, number in zip(indices, memory.actions[indices], strict=True)}
+    counts = np.bincount([row_of[number] for number in actions], minlength=memory.size)
     expected = 60_000 / len(indices)
     chi2 = ((counts[indices] - expected) ** 2 / expected).sum()
     assert chi2 < len(indices) + 4 * np.sqrt(2 * len(indices))
@@ -126,28 +116,19 @@ def test_memory_is_restored_exactly(q_script):
         if step in (5, 129):  # before and after it is full
             other = make_memory(q_script, 300, 3, (4, 2), True)
             if q_script == "double_dqn_per":
-                memory.set_priorities(drawable(memory)[:7], np.arange(7.0))
+                memory.set_priorities(valid(memory)[:7], np.arange(7.0))
             other.load_state_dict(memory.state_dict())
             left, right = other.state_dict(), memory.state_dict()
             assert left.keys() == right.keys()
             np.random.seed(1)
-            first = memory.draw(30)
+            first = memory.sample(30)
             np.random.seed(1)
-            torch.testing.assert_close(other.draw(30), first, rtol=0, atol=0)
-            np.testing.assert_array_equal(drawable(memory), drawable(other))
+            for ours, theirs in zip(other.sample(30), first, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            np.testing.assert_array_equal(valid(memory), valid(other))
             if q_script == "double_dqn_per":
                 for ours, theirs in zip(memory.tree.levels, other.tree.levels, strict=True):
                     np.testing.assert_array_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("size", [1, 32])
-def test_gradients_of_pictures_lie_in_memory_as_the_weights_do(q_script, size):
-    # fused Adam reads both in that order, and would take the wrong ones in silence
-    network = load(q_script).AtariQNetwork((4, 84, 84), 6)
-    obs = torch.randint(256, (size, 4, 84, 84), dtype=torch.uint8)
-    weights = list(network.parameters())
-    gradients = torch.autograd.grad(network(obs).square().mean(), weights)
-    assert [x.stride() for x in gradients] == [x.stride() for x in weights]
 
 
 def test_sum_tree_equals_plain_sums():
@@ -156,9 +137,9 @@ def test_sum_tree_equals_plain_sums():
         tree, plain = module.SumTree(size), np.zeros(size)
         for _ in range(20):
             indices = rng.integers(size, size=50)
-            numbers = rng.choice([0.0, 1e-9, 1.0, 1e6], size)[indices]  # duplicates agree
-            tree.update(indices, numbers)
-            plain[indices] = numbers
+            priorities = rng.choice([0.0, 1e-9, 1.0, 1e6], size)[indices]  # duplicates agree
+            tree.update(indices, priorities)
+            plain[indices] = priorities
         for level in range(len(tree.levels) - 1):
             lower = tree.levels[level + 1].sum(1)
             np.testing.assert_allclose(tree.levels[level].reshape(-1)[: len(lower)], lower)
@@ -191,14 +172,14 @@ def test_frequencies_follow_the_priorities(alpha):
     priorities = rng.exponential(size=200) + 0.01
     memory = prioritised(priorities, alpha)
     np.random.seed(0)
-    drawn = np.concatenate([memory.draw(32)[0] for _ in range(4000)])
+    drawn = np.concatenate([memory.sample(32)[0] for _ in range(4000)])
     probabilities = (priorities + 1e-6) ** alpha / ((priorities + 1e-6) ** alpha).sum()
     expected = len(drawn) * probabilities
     counts = np.bincount(drawn, minlength=201)
     assert counts[200] == 0
     chi2 = ((counts[:200] - expected) ** 2 / expected).sum()
     assert chi2 < 200 + 4 * np.sqrt(400)
-    indices, reported = memory.draw(32)
+    indices, reported = memory.sample(32)[:2]
     np.testing.assert_allclose(reported, probabilities[indices], rtol=1e-12)
 
 
@@ -206,7 +187,7 @@ def test_draws_are_stratified():
     """Equal priorities of 64 transitions, 32 draws: one from each pair, every time."""
     memory = prioritised(np.ones(64))
     for _ in range(20):
-        assert (memory.draw(32)[0] // 2).tolist() == list(range(32))
+        assert (memory.sample(32)[0] // 2).tolist() == list(range(32))
 
 
 def test_new_transitions_get_the_largest_priority_so_far():
@@ -215,8 +196,8 @@ def test_new_transitions_get_the_largest_priority_so_far():
     memory.set_priorities(np.array([1]), np.array([0.2]))  # the largest was, and stays, 3
     memory.add(zero, np.zeros(1, int), np.zeros(1), zero, *np.zeros((2, 1), bool))
     expected = (np.array([3.0, 0.2, 0.1]) + 1e-6) ** 0.6  # index 0 was overwritten just now
-    assert memory.numbers[3] == pytest.approx(expected[0])
-    assert memory.numbers[[0, 1, 2]] == pytest.approx([0, *expected[1:]])
+    assert memory.priorities[3] == pytest.approx(expected[0])
+    assert memory.priorities[[0, 1, 2]] == pytest.approx([0, *expected[1:]])
 
 
 def test_importance_weights_in_float64():
@@ -347,8 +328,8 @@ def test_best_action_depends_on_the_observation(q_script, tmp_path, extra):
 def test_ablations_learn(tmp_path, extra):
     assert learn("double_dqn_per", tmp_path, "DiscreteForever", *extra) == pytest.approx(10, abs=1)
     if extra == ["--no-prioritized"]:
-        numbers = checkpoint(tmp_path)["buffer"]["numbers"]
-        assert set(numbers.tolist()) == {0.0, 1.0}
+        priorities = checkpoint(tmp_path)["buffer"]["priorities"]
+        assert set(priorities.tolist()) == {0.0, 1.0}
 
 
 def test_what_was_drawn_gets_new_priorities_and_weights(tmp_path):
@@ -357,14 +338,14 @@ def test_what_was_drawn_gets_new_priorities_and_weights(tmp_path):
           "--log-frequency", 50, "--learning-starts", 50, "--train-frequency", 50,
           "--batch-size", 16, "--learning-rate", 1e-9, "--priority-alpha", 0.2,
           "--target-frequency", 1_000_000, "--loss", "huber")  # fmt: skip
-    numbers = checkpoint(tmp_path)["buffer"]["numbers"]
-    drawn = (numbers > 0) & (numbers != 1)
+    priorities = checkpoint(tmp_path)["buffer"]["priorities"]
+    drawn = (priorities > 0) & (priorities != 1)
     assert 16 <= drawn[:50].sum() <= 32
     network = load("double_dqn_per").vector_q_network((1,), 2)
     network.load_state_dict(checkpoint(tmp_path)["target_network"])
     td_errors = 100 - network(torch.zeros(1, 1))[0].detach().double()
     expected = (td_errors.abs() + 1e-6) ** 0.2
-    assert all((number - expected).abs().min() < 1e-5 for number in numbers[drawn])
+    assert all((x - expected).abs().min() < 1e-5 for x in priorities[drawn])
     first, second = (line["losses/td_loss"] for line in training(tmp_path))
     assert first == pytest.approx(99.5, abs=0.5)  # all drawn with the same probability
     assert 0.3 * first < second < 0.7 * first  # 1 for the rare, 100^-0.2 for the others
@@ -411,13 +392,21 @@ def test_clocks_count_environment_steps(q_script, tmp_path, num_envs):
     assert not torch.equal(saved["q_network"]["4.bias"], saved["target_network"]["4.bias"])
 
 
-@pytest.mark.parametrize("anneal", [True, False])
-def test_learning_rate_falls_to_zero(q_script, tmp_path, anneal):
-    learn(q_script, tmp_path, "DiscreteForever", "--total-timesteps", 800, "--log-frequency", 200,
-          "--learning-rate", 0.01, "--anneal-lr", anneal)  # fmt: skip
-    rates = [line["charts/learning_rate"] for line in training(tmp_path)]
-    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025] if anneal else [0.01] * 4)
-    assert checkpoint(tmp_path)["optimizer"]["param_groups"][0]["lr"] == rates[-1]
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_learning_rate_falls_to_zero(q_script, tmp_path, num_envs):
+    """A function of the step at each gradient step, however often there is a line of metrics."""
+    short = ["--total-timesteps", 800, "--learning-rate", 0.01, "--num-envs", num_envs]
+    learn(q_script, tmp_path / "a", "DiscreteForever", *short, "--log-frequency", 200)
+    rates = [line["charts/learning_rate"] for line in training(tmp_path / "a")]
+    assert rates == pytest.approx([0.0075, 0.005, 0.0025, 0])
+    assert checkpoint(tmp_path / "a")["optimizer"]["param_groups"][0]["lr"] == rates[-1]
+    learn(q_script, tmp_path / "b", "DiscreteForever", *short, "--log-frequency", 800)
+    assert same(*(checkpoint(tmp_path / name)["q_network"] for name in "ab"))
+
+
+def test_learning_rate_can_stay(q_script, tmp_path):
+    learn(q_script, tmp_path, "DiscreteForever", "--total-timesteps", 800, "--no-anneal-lr")
+    assert [line["charts/learning_rate"] for line in training(tmp_path)] == [0.003] * 2
 
 
 def test_target_has_its_own_clock(q_script, tmp_path):
@@ -465,7 +454,7 @@ def test_stacks_of_a_real_game(q_script):
         for n in range(2):
             known[2 * number + n] = before[n], next_obs[n], bool(terminations[n])
         memory.add(before, numbers, rewards, next_obs, terminations, dones)
-    batch = memory.gather(drawable(memory))
+    batch = memory.read(valid(memory))
     assert ends >= 2 and len(batch.actions) > 280
     for i, number in enumerate(batch.actions.tolist()):
         obs, next_obs, termination = known[number]
@@ -494,22 +483,26 @@ def test_an_atari_run(q_script, tmp_path):
     assert saved["terminations"].sum() > episodes  # three lives each
 
 
-def test_an_atari_run_resumes_bit_for_bit(q_script, tmp_path):
+def test_an_atari_run_resumes_bit_for_bit(q_script, tmp_path, monkeypatch):
+    """Crashed after 500 steps; the last checkpoint is of 400, in mid-game."""
     pytest.importorskip("ale_py")
+    module = load(q_script)
     arguments = ["--env-id", "ALE/Breakout-v5", "--sticky-actions", 0.25, *ATARI, "--num-envs", 2]
     run(q_script, *arguments, "--run-dir", tmp_path / "a", quick=False)
-    words = command(q_script, *arguments, "--run-dir", tmp_path / "b", quick=False)
-    process = subprocess.Popen(words, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (tmp_path / "b" / "checkpoint.pt").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    write_metrics = module.Run.write_metrics
+
+    def crash(self, line):
+        if self.global_step == 500:
+            raise RuntimeError("crashed")
+        write_metrics(self, line)
+
+    monkeypatch.setattr(module.Run, "write_metrics", crash)
+    run(q_script, *arguments, "--run-dir", tmp_path / "b", quick=False, code=1)
+    assert checkpoint(tmp_path / "b")["global_step"] == 400
+    monkeypatch.setattr(module.Run, "write_metrics", write_metrics)
     done = run(q_script, "--resume", tmp_path / "b", quick=False)
     assert "not restored" not in done.stderr
-    assert without_times(metrics(tmp_path / "a")) == without_times(metrics(tmp_path / "b"))
-    assert same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+    assert_same_end(tmp_path / "a", tmp_path / "b")
 
 
 def test_sticky_actions_reach_the_game(q_script):
@@ -543,21 +536,40 @@ def test_memory_that_does_not_fit_is_refused(q_script, tmp_path):
         assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        ("--env-id Pendulum-v1", ["error: --env-id Pendulum-v1", "Discrete"]),
-        ("--env-id ALE/Nothing-v5", ["error: --env-id ALE/Nothing-v5"]),
-        ("--env-id PongNoFrameskip-v4", ["error: --env-id PongNoFrameskip-v4"]),
-        ("--buffer-size 7", ["--buffer-size", "at least 8"]),
-        ("--tau 0", ["--tau"]),
-        ("--epsilon-end 1.5", ["--epsilon-end"]),
-        ("--train-frequency 0", ["--train-frequency"]),
-        ("--optimizer sgd", ["--optimizer"]),
-    ],
-)
-def test_bad_arguments_of_q_learning(q_script, arguments, says, tmp_path):
-    done = run(q_script, *arguments.split(), "--run-dir", tmp_path / "r", quick=False, code=2)
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
-    for text in says:
-        assert text in done.stderr, done.stderr
+BAD_ARGUMENTS = [
+    ("--env-id Pendulum-v1", ["error: --env-id Pendulum-v1", "Discrete"]),
+    ("--env-id ALE/Nothing-v5", ["error: --env-id ALE/Nothing-v5"]),
+    ("--env-id PongNoFrameskip-v4", ["error: --env-id PongNoFrameskip-v4"]),
+    ("--buffer-size 7", ["--buffer-size", "at least 8"]),
+    ("--tau 0", ["--tau"]),
+    ("--epsilon-end 1.5", ["--epsilon-end"]),
+    ("--train-frequency 0", ["--train-frequency"]),
+    ("--optimizer sgd", ["--optimizer"]),
+]
+
+
+def test_bad_arguments_of_q_learning(q_script, tmp_path):
+    for arguments, says in BAD_ARGUMENTS:
+        words = [*arguments.split(), "--run-dir", tmp_path / "r"]
+        done = run(q_script, *words, quick=False, code=2)
+        assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+        for text in says:
+            assert text in done.stderr, done.stderr
+
+
+def test_defaults_depend_on_the_environment(q_script):
+    """Also for who makes Args in Python; a value that is given always wins."""
+    module = load(q_script)
+    vectors, atari = module.Args(), module.Args(env_id="ALE/Pong-v5")
+    assert (vectors.loss, atari.loss) == ("squared", "huber")
+    assert (vectors.total_timesteps, atari.total_timesteps) == (500_000, 10_000_000)
+    assert module.Args(env_id="ALE/Pong-v5", loss="squared").loss == "squared"
+    for words, anneal, starts in (
+        ([], True, 1000),
+        (["--env-id", "ALE/Pong-v5"], False, 50_000),
+        (["--anneal-lr", "--env-id", "ALE/Pong-v5", "--learning-starts", "1e3"], True, 1000),
+        (["--no-anneal-lr"], False, 1000),
+    ):
+        with mock.patch.object(sys, "argv", [q_script, *words]):
+            args = module.parse_args(module.Args)
+        assert (args.anneal_lr, args.learning_starts) == (anneal, starts)
