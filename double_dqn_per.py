@@ -27,10 +27,9 @@ Deviations from the papers:
   for that: 0.01 inside the root there, sqrt(0.01) / batch_size outside the root here.
 - The tuned network of (A) shares one bias between all actions; this one does not.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
-  network that follows in small steps, and the squared loss: huber's clipped gradient counts the
-  large errors of rare failures too little where rewards are not clipped.
-- Games begin with FIRE, if they have it, before the random number of no-ops. Epsilon falls from the
-  first step on, not from the first gradient step; in evaluations it is 0.
+  network that follows in small steps, and the squared loss, which does not clip large errors.
+- Games begin with FIRE, if they have that button, before the papers' random number of no-ops.
+- Epsilon falls from the first step on; in evaluations it is 0.
 """
 
 from __future__ import annotations
@@ -225,9 +224,9 @@ def double_q_target(
 
 
 def importance_weights(probabilities: Tensor, beta: float) -> Tensor:
-    """(N P)^-beta over its maximum, in which N cancels: 1 for the rarest, less for the others.
+    """(N P)^-beta over its maximum, in which N cancels. Shapes: probabilities (B,) -> (B,).
 
-    Shapes: probabilities (B,) -> (B,). Source: Schaul et al. 2016, section 3.4.
+    The rarest transition has weight 1. Source: Schaul et al. 2016, section 3.4.
     """
     weights = probabilities**-beta
     return weights / weights.max()
@@ -387,7 +386,8 @@ def train(args: Args) -> None:
         run.finish()
         return
     run.begin()
-    obs, lives, minibatch_metrics = envs.obs, count_lives(envs), []
+    obs, lives = envs.obs, count_lives(envs)
+    minibatch_metrics = []
     iteration_steps = math.ceil(args.log_frequency / args.num_envs) * args.num_envs
     last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
 
@@ -486,9 +486,7 @@ def check_args(args: Args) -> None:
 class SumTree:
     """Priorities as leaves of a tree in which every node is the sum of its WIDTH children.
 
-    `update` and `find` take one step per level for a whole batch; three levels hold 2 million.
-    Source: Schaul et al. 2016, appendix B.2.1, where a node has two children.
-    """
+    Three levels hold 2 million. Source: Schaul et al. 2016, appendix B.2.1, with two children."""
 
     WIDTH = 128
 

@@ -345,7 +345,8 @@ def train(args: Args) -> None:
         run.finish()
         return
     run.begin()
-    obs, lives, minibatch_metrics = envs.obs, count_lives(envs), []
+    obs, lives = envs.obs, count_lives(envs)
+    minibatch_metrics = []
     iteration_steps = math.ceil(args.log_frequency / args.num_envs) * args.num_envs
     last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
 

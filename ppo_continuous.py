@@ -581,7 +581,8 @@ class ActionScaler:
         self.box, self.dim = box, len(self.low)
 
     def __call__(self, actions: Tensor) -> np.ndarray:
-        low, high, unscaled = self.low, self.high, actions.cpu().numpy()
+        unscaled = actions.cpu().numpy()
+        low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
             inside = np.clip(np.where(np.isfinite(high - low), scaled, unscaled), low, high)

@@ -89,6 +89,20 @@ def test_every_script_is_in_the_table():
         assert f"| [`{script}.py`]({script}.py) |" in README
 
 
+def test_the_difference_of_two_scripts_is_as_long_as_it_says(tmp_path):
+    for first, second, said in re.findall(
+        r"From `(\w+)\.py` to `(\w+)\.py`, (\d+)\s+lines change", README
+    ):
+        for script in (first, second):
+            text = (ROOT / f"{script}.py").read_text()
+            (tmp_path / script).write_text(text[: text.index("# ---- Run infrastructure")])
+        words = ["git", "diff", "--no-index", "--numstat", first, second]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        added, removed, _ = done.stdout.split("\t")
+        assert int(said) == int(added) + int(removed)
+    assert said
+
+
 def test_results_are_what_the_committed_data_gives():
     sys.path.insert(0, str(ROOT))
     from benchmark import report

@@ -182,6 +182,8 @@ def test_importing_and_help_have_no_side_effect(script, tmp_path):
     assert not list(tmp_path.iterdir())
     text = " ".join(done.stdout.split())
     assert "--total-timesteps INT" in text and "--anneal-lr, --no-anneal-lr" in text
-    assert set(re.findall(r"(--[a-z-]+) \{None\}\|", text)) <= {"--target-kl"}  # None means no limit
+    assert set(re.findall(r"(--[a-z-]+) \{None\}\|", text)) <= {
+        "--target-kl"
+    }  # None means no limit
     if script in ATARI:
         assert "(default: 500_000; on Atari 10_000_000)" in re.sub(r"[ │]+", " ", text)
