@@ -171,16 +171,17 @@ def tree(pairs: int, only: str) -> None:
     from double_dqn_per import SumTree
 
     size, batch, repeats = 1_000_000, 32, 2000
-    numbers, times = SumTree(size), []
-    numbers.leaves[:size] = np.random.default_rng(0).exponential(size=size)
+    tree, times = SumTree(size), []
+    leaves = tree.levels[-1].reshape(-1)
+    leaves[:size] = np.random.default_rng(0).exponential(size=size)
     first = np.arange(0, size, SumTree.WIDTH)  # one of each node renews the sums
-    numbers.update(first, numbers.leaves[first])
+    tree.update(first, leaves[first])
     for _ in range(pairs):
         begin = time.perf_counter()
         for _ in range(repeats):
-            sums = (np.arange(batch) + np.random.random(batch)) / batch * numbers.levels[0].sum()
-            indices = numbers.find(sums)
-            numbers.update(indices, np.random.random(batch))
+            sums = (np.arange(batch) + np.random.random(batch)) / batch * tree.levels[0].sum()
+            indices = tree.find(sums)
+            tree.update(indices, np.random.random(batch))
         times.append((time.perf_counter() - begin) / repeats * 1e6)
     print(
         f"Sum tree of {size:,} priorities: {statistics.median(times):.0f} microseconds to draw and"
