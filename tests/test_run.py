@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import (
     ONE,
     ROOT,
@@ -68,6 +69,22 @@ def test_an_update_happened_and_is_logged(script, finished):
     losses = [x for line in lines for name, x in line.items() if "_loss" in name]
     assert len(set(losses)) == len(losses) > 1
     assert load(script).Args and checkpoint(folder)["global_step"] == 512
+
+
+def test_every_step_of_the_optimizer_starts_from_a_zero_gradient(script, tmp_path, monkeypatch):
+    zero_grad, calls = torch.optim.Optimizer.zero_grad, []
+
+    def zeroed(optimizer, *arguments, **options):
+        zero_grad(optimizer, *arguments, **options)
+        calls.append("zero")
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", zeroed)
+    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(
+        lambda *arguments: calls.append("step")
+    )
+    run(script, "--run-dir", tmp_path / "r")
+    hook.remove()
+    assert len(calls) > 4 and calls == ["zero", "step"] * (len(calls) // 2)
 
 
 def test_every_episode_that_ended_is_in_a_line(script, tmp_path):
