@@ -25,6 +25,7 @@ from conftest import (
     training,
     without_times,
 )
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ATARI = {"dqn", "double_dqn_per"}  # scripts whose defaults depend on the environment
 LAST_LINE = re.compile(
@@ -79,9 +80,7 @@ def test_every_step_of_the_optimizer_starts_from_a_zero_gradient(script, tmp_pat
         calls.append("zero")
 
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", zeroed)
-    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(
-        lambda *arguments: calls.append("step")
-    )
+    hook = register_optimizer_step_pre_hook(lambda *arguments: calls.append("step"))
     run(script, "--run-dir", tmp_path / "r")
     hook.remove()
     assert len(calls) > 4 and calls == ["zero", "step"] * (len(calls) // 2)
