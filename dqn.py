@@ -825,7 +825,7 @@ class Run:
         for mode in (os.environ.get("WANDB_MODE", "online"), "offline"):
             with contextlib.suppress(wandb.Error):  # no network, a wrong key, an unknown entity
                 if mode != "online" or wandb.login(prompt=False):
-                    self.wandb_id = self.wandb_id or wandb.util.generate_id()
+                    self.wandb_id = self.wandb_id or os.urandom(4).hex()
                     self.wandb = wandb.init(
                         project=args.wandb_project_name, entity=args.wandb_entity, mode=mode,
                         name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", dir=self.dir,
