@@ -1,7 +1,7 @@
 """Double DQN with prioritised experience replay, complete in this one file.
 
-Deep Q-learning (Mnih et al. 2015) with two changes. The maximum of noisy estimates is too high on
-average: here one network chooses the next action, and the other says what it is worth. And
+Deep Q-learning (Mnih et al. 2015) with two changes. The maximum over noisy estimates of Q is too
+high on average; therefore one network chooses the next action and the other evaluates it. And
 transitions are not sampled uniformly: the more Q was wrong about one, the more often it is sampled,
 and importance weights correct the bias that this brings. van Hasselt et al. 2016, arXiv:1509.06461
 (A), and Schaul et al. 2016, arXiv:1511.05952 (B); --no-double or --no-prioritized leaves one out.
@@ -15,7 +15,7 @@ and importance weights correct the bias that this brings. van Hasselt et al. 201
             y = r, if s' is terminal, else r + gamma Q_target(s', argmax_a' Q(s', a'))         (A)
             one gradient step on the mean of w huber(y - Q(s, a))
             p_i = |y - Q(s, a)| before that step, plus a small constant           (B, section 3.3)
-        every target_frequency steps: Q_target = Q
+        every target_frequency steps: Q_target = Q (with tau < 1, a part of the way to Q)
 
     python double_dqn_per.py --env-id CartPole-v1 --seed 1
     python double_dqn_per.py --env-id ALE/Pong-v5 --seed 1
@@ -23,8 +23,8 @@ and importance weights correct the bias that this brings. van Hasselt et al. 201
 Deviations from the papers:
 - A time limit does not end the task: the target uses the value of s' there (arXiv:1712.00378).
 - Weights are divided by the largest of the minibatch; priorities use TD errors without clipping.
-- The loss is the mean over the minibatch, where the papers' code sums. RMSProp's constant makes up
-  for that: 0.01 inside the root there, sqrt(0.01) / batch_size outside the root here.
+- The loss is the mean over the minibatch, where the papers' code sums, so RMSProp's constant is
+  smaller, too: the papers divide by sqrt(v + 0.01), this script by sqrt(v) + 0.1 / batch_size.
 - The tuned network of (A) shares one bias between all actions; this one does not.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss, which does not clip large errors.
@@ -114,7 +114,7 @@ class Args:
     exploration_steps: Count = Default(20_000, atari=1_000_000)
     """Environment steps over which epsilon falls."""
     log_frequency: Count = 1000
-    """Environment steps between lines of metrics, which are this script's iterations."""
+    """Environment steps per iteration; each iteration ends with a line of metrics."""
 
     # Environment
     env_id: str = "CartPole-v1"
@@ -248,8 +248,8 @@ class Batch(NamedTuple):
 class PrioritizedReplayBuffer:
     """The newest transitions: actions[i], taken in obs[i], led to rewards[i] and next_obs[i].
 
-    Each step stores one frame: the observation, or on Atari the newest of its four pictures. Rows
-    are used in a ring. For one environment, whose episode a was cut by a time limit:
+    Each step stores one frame: the observation, or on Atari the newest of its four pictures. The
+    newest rows of a ring with stacks of four, after a time limit has cut episode a:
 
         row  frame  action  age  obs            next_obs       can be sampled
         0    a0     2       0    0  0  0  a0    0  0  a0 a1    yes
@@ -257,13 +257,13 @@ class PrioritizedReplayBuffer:
         2    a2     -1      2                                  no: the last frame of a, no action
         3    b0     1       0    0  0  0  b0    0  0  b0 b1    yes
         4    b1     3       1    0  0  b0 b1                   no: the next frame is to come
-        5    (old)                                             no: next_row, overwritten next
+        5-7  old                                               no: parts of their stacks are gone
 
-    `ages` count the earlier frames of the episode, up to the size of a stack: older ones are 0 in
-    obs. After a termination no target looks at next_obs, so it needs no row of its own. While a row
-    can be sampled, `priorities` holds p^alpha, otherwise 0. With n environments, row i + n follows
-    row i. Shapes: (size, ...) for what is a row's, where zeros pad the priorities to whole nodes of
-    the tree; (num_envs,) for next_row and next_age; (1,) for largest, the highest priority so far.
+    `ages` count the earlier frames of the episode, up to the size of a stack; what is from before
+    the episode is read as 0. After a termination no target looks at next_obs, so it needs no row.
+    `priorities` hold p^alpha of rows that can be sampled, otherwise 0. With n environments, row
+    i + n follows row i. Shapes: (size, ...) for what is a row's, where zeros pad the priorities to
+    whole nodes of the tree; (num_envs,) for next_row and next_age; (1,) for largest p^alpha so far.
     """
 
     ARRAYS = "frames actions rewards terminations ages next_row next_age priorities largest".split()
@@ -293,19 +293,19 @@ class PrioritizedReplayBuffer:
             self.write(cut, next_obs[cut], -1, 0, 0)
         self.next_age[dones] = 0
 
-    def write(self, n, obs, actions, rewards, terminations) -> None:
-        """Write a row of each of the environments n."""
-        i = self.next_row[n]
+    def write(self, env_ids, obs, actions, rewards, terminations) -> None:
+        """Write one row for each of these environments."""
+        i = self.next_row[env_ids]
         self.frames[i] = obs[:, -1] if self.stack > 1 else obs
         self.actions[i], self.rewards[i] = actions, rewards
         self.terminations[i] = terminations
-        self.ages[i] = self.next_age[n]
+        self.ages[i] = self.next_age[env_ids]
         overlapping = (i + (self.stack - 1) * self.num_envs) % self.size
-        self.tree.update(overlapping, 0.0)  # row i held the oldest frame of this row's stack
+        self.tree.update(overlapping, 0.0)  # its stack began with the frame overwritten now
         previous = (i - self.num_envs) % self.size
-        self.tree.update(previous, self.largest * (self.actions[previous] >= 0))  # now complete
-        self.next_row[n] = (i + self.num_envs) % self.size
-        self.next_age[n] = np.minimum(self.next_age[n] + 1, self.stack)
+        self.tree.update(previous, self.largest * (self.actions[previous] >= 0))
+        self.next_row[env_ids] = (i + self.num_envs) % self.size
+        self.next_age[env_ids] = np.minimum(self.next_age[env_ids] + 1, self.stack)
         self.filled = max(self.filled, int(i.max()) + 1)
 
     def sample(self, batch_size: int) -> tuple[np.ndarray, Tensor, Batch]:
@@ -316,7 +316,7 @@ class PrioritizedReplayBuffer:
         return indices, torch.from_numpy(self.priorities[indices] / total), self.read(indices)
 
     def set_priorities(self, indices: np.ndarray, td_errors: np.ndarray) -> None:
-        """Set p = |TD error| + 1e-6; the constant keeps it above 0. Shapes: (B,)."""
+        """Store p^alpha, p = |TD error| + 1e-6, which is above 0. Shapes: (B,)."""
         priorities = (np.abs(td_errors) + 1e-6) ** self.alpha
         self.largest = np.maximum(self.largest, priorities.max())
         self.tree.update(indices, priorities)
@@ -367,7 +367,7 @@ def train(args: Args) -> None:
         return greedy_actions(obs[None])[0] + first_action
 
     def gradient_step(obs, actions, targets, weights):
-        """Set the gradient of the loss on one minibatch."""
+        """Compute the gradient for one step of the optimizer."""
         q_values = q_network(obs).gather(1, actions[:, None]).squeeze(1)
         assert q_values.shape == targets.shape == weights.shape
         loss = (weights * td_loss(q_values, targets, reduction="none")).mean()
@@ -504,7 +504,7 @@ class SumTree:
             priorities = level[indices].sum(1)
 
     def find(self, sums: np.ndarray) -> np.ndarray:
-        """First indices whose cumulative sum is above these. Shapes: (B,) in [0, total) -> (B,)."""
+        """For each sum, the first leaf whose running total exceeds it. Shapes: (B,) -> (B,)."""
         indices = np.zeros(len(sums), np.int64)
         for level in self.levels:
             cumulative = level[indices].cumsum(1)
@@ -646,7 +646,7 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> PrioritizedReplayBuff
 
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-LONGEST_EPISODE = 50_000  # steps that a resume repeats at most, and that an evaluation plays
+LONGEST_EPISODE = 50_000  # most steps a resume repeats, or an evaluation plays, of one episode
 
 
 def parse_count(text: str) -> int:

@@ -3,7 +3,7 @@
 Q-learning with a neural network: Q(s, a) is trained towards the reward plus the discounted value of
 the best next action. Two things keep it stable. Gradient steps use transitions sampled from a large
 replay memory, which are nearly independent. Targets come from a second network, a copy of the first
-that changes only now and then. Mnih et al. 2015, Nature 518, doi:10.1038/nature14236; a first
+that changes rarely or slowly. Mnih et al. 2015, Nature 518, doi:10.1038/nature14236; a first
 version, without the second network, is arXiv:1312.5602.
 
     for each step:                                                              (Algorithm 1)
@@ -13,21 +13,21 @@ version, without the second network, is arXiv:1312.5602.
             sample a minibatch from D
             y = r, if s' is terminal, else r + gamma max_a' Q_target(s', a')
             one gradient step on huber(y - Q(s, a))
-        every target_frequency steps: Q_target = Q
+        every target_frequency steps: Q_target = Q (with tau < 1, a part of the way to Q)
 
     python dqn.py --env-id CartPole-v1 --seed 1
     python dqn.py --env-id ALE/Pong-v5 --seed 1
 
 Deviations from the paper:
 - A time limit does not end the task: the target uses the value of s' there (arXiv:1712.00378).
-- The loss is the mean over the minibatch, where the paper's code sums. RMSProp's constant makes up
-  for that: 0.01 inside the root there, sqrt(0.01) / batch_size outside the root here.
+- The loss is the mean over the minibatch, where the paper's code sums, so RMSProp's constant is
+  smaller, too: the paper divides by sqrt(v + 0.01), this script by sqrt(v) + 0.1 / batch_size.
 - The target network is copied every 10,000 steps of the agent, as in the authors' code; their table
   counts gradient steps. Epsilon falls from the first step on, not from the first gradient step.
 - With vector observations: a small fully connected network, Adam with a learning rate that falls
-  to 0, a target network that follows in small steps, and the squared loss. Huber's gradient is
-  clipped; where rewards are not, the large errors of rare failures then count too little, and Q
-  grows too high.
+  to 0, a target network that follows in small steps, and the squared loss. Huber's loss limits
+  the effect of each error. Rewards are not clipped here, so rare failures, whose errors are large,
+  then have too little effect, and Q grows too high.
 - A game begins with FIRE, if it has that button, before the paper's random number of no-ops.
 - Evaluation is greedy; the paper keeps an epsilon of 0.05.
 """
@@ -106,7 +106,7 @@ class Args:
     exploration_steps: Count = Default(20_000, atari=1_000_000)
     """Environment steps over which epsilon falls."""
     log_frequency: Count = 1000
-    """Environment steps between lines of metrics, which are this script's iterations."""
+    """Environment steps per iteration; each iteration ends with a line of metrics."""
 
     # Environment
     env_id: str = "CartPole-v1"
@@ -219,8 +219,8 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """The newest transitions: actions[i], taken in obs[i], led to rewards[i] and next_obs[i].
 
-    Each step stores one frame: the observation, or on Atari the newest of its four pictures. Rows
-    are used in a ring. For one environment, whose episode a was cut by a time limit:
+    Each step stores one frame: the observation, or on Atari the newest of its four pictures. The
+    newest rows of a ring with stacks of four, after a time limit has cut episode a:
 
         row  frame  action  age  obs            next_obs       can be sampled
         0    a0     2       0    0  0  0  a0    0  0  a0 a1    yes
@@ -228,11 +228,11 @@ class ReplayBuffer:
         2    a2     -1      2                                  no: the last frame of a, no action
         3    b0     1       0    0  0  0  b0    0  0  b0 b1    yes
         4    b1     3       1    0  0  b0 b1                   no: the next frame is to come
-        5    (old)                                             no: next_row, overwritten next
+        5-7  old                                               no: parts of their stacks are gone
 
-    `ages` count the earlier frames of the episode, up to the size of a stack: older ones are 0 in
-    obs. After a termination no target looks at next_obs, so it needs no row of its own. A row is
-    `valid` while it can be sampled. With n environments, row i + n follows row i.
+    `ages` count the earlier frames of the episode, up to the size of a stack; what is from before
+    the episode is read as 0. After a termination no target looks at next_obs, so it needs no row.
+    A row is `valid` while it can be sampled. With n environments, row i + n follows row i.
 
     Shapes: (size, ...) for what is a row's, (num_envs,) for next_row and next_age.
     """
@@ -261,19 +261,19 @@ class ReplayBuffer:
             self.write(cut, next_obs[cut], -1, 0, 0)
         self.next_age[dones] = 0
 
-    def write(self, n, obs, actions, rewards, terminations) -> None:
-        """Write a row of each of the environments n."""
-        i = self.next_row[n]
+    def write(self, env_ids, obs, actions, rewards, terminations) -> None:
+        """Write one row for each of these environments."""
+        i = self.next_row[env_ids]
         self.frames[i] = obs[:, -1] if self.stack > 1 else obs
         self.actions[i], self.rewards[i] = actions, rewards
         self.terminations[i] = terminations
-        self.ages[i] = self.next_age[n]
+        self.ages[i] = self.next_age[env_ids]
         overlapping = (i + (self.stack - 1) * self.num_envs) % self.size
-        self.valid[overlapping] = False  # row i held the oldest frame of this row's stack
+        self.valid[overlapping] = False  # its stack began with the frame overwritten now
         previous = i - self.num_envs
         self.valid[previous] = self.actions[previous] >= 0  # its next frame is there now
-        self.next_row[n] = (i + self.num_envs) % self.size
-        self.next_age[n] = np.minimum(self.next_age[n] + 1, self.stack)
+        self.next_row[env_ids] = (i + self.num_envs) % self.size
+        self.next_age[env_ids] = np.minimum(self.next_age[env_ids] + 1, self.stack)
         self.filled = max(self.filled, int(i.max()) + 1)
 
     def sample(self, batch_size: int) -> Batch:
@@ -327,7 +327,7 @@ def train(args: Args) -> None:
         return greedy_actions(obs[None])[0] + first_action
 
     def gradient_step(obs, actions, targets):
-        """Set the gradient of the loss on one minibatch."""
+        """Compute the gradient for one step of the optimizer."""
         q_values = q_network(obs).gather(1, actions[:, None]).squeeze(1)
         assert q_values.shape == targets.shape
         loss = td_loss(q_values, targets)
@@ -564,7 +564,7 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> ReplayBuffer:
 
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-LONGEST_EPISODE = 50_000  # steps that a resume repeats at most, and that an evaluation plays
+LONGEST_EPISODE = 50_000  # most steps a resume repeats, or an evaluation plays, of one episode
 
 
 def parse_count(text: str) -> int:

@@ -15,7 +15,7 @@ moving too far from the data. Schulman et al. 2017, arXiv:1707.06347; equation n
                 L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)       (eq. 7)
                 or: L = mean of ratio A - beta KL(pi_old, pi)                   (eq. 8)
                 one Adam step on -L + c1 (V(s) - R)^2 / 2 - c2 entropy          (eq. 9)
-            stop the epochs if KL(pi_old, pi) is above 1.5 times its target
+            without the KL penalty: stop if KL(pi_old, pi) is above 1.5 times its target
         with the KL penalty: double or halve beta to keep the KL at its target  (section 4)
 
     python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
@@ -84,11 +84,11 @@ class Args:
     policy_objective: Literal["clip", "kl-penalty", "clip+kl-penalty"] = "clip"
     """Clip the ratio, or penalise the KL, or both (arXiv:1707.06347, eq. 7 and 8)."""
     clip_coef: float = 0.2
-    """Epsilon of the clipping: ratios count up to 1 + epsilon and down to 1 - epsilon."""
+    """Epsilon of the clipping: no further gain from a ratio outside [1 - epsilon, 1 + epsilon]."""
     kl_coef: float = 1.0
     """Initial weight beta of the KL penalty; doubles or halves as the KL misses --target-kl."""
     target_kl: float | None = 0.05
-    """KL in nats. Clip: stop the epochs above 1.5 times it (Spinning Up); penalty: the target."""
+    """KL in nats. clip: stop the epochs above 1.5 times it (None: never); penalty: its aim."""
     clip_vloss: bool = False
     """Clip the value loss by --clip-coef too (arXiv:2006.05990, section 3.4: it hurts)."""
     vf_coef: float = 0.5
@@ -323,7 +323,7 @@ def train(args: Args) -> None:
         return to_env(mean)
 
     def gradient_step(obs, actions, old_log_probs, advantages, returns, old_values, kl_coef):
-        """Set the gradient of the loss on one minibatch, no longer than max_grad_norm."""
+        """Compute the gradient for one step of the optimizer, and clip its norm."""
         mean, log_std = actor(obs)
         log_ratio = gaussian_log_prob(mean, log_std, actions) - old_log_probs
         values = critic(obs)
@@ -400,7 +400,7 @@ def train(args: Args) -> None:
                     args.gamma, args.gae_lambda,
                 )
                 returns = advantages + values
-            if epoch == 0:  # the critic has not learned from this rollout yet
+            if epoch == 0:  # for the clipped value loss and the log: before the critic learns
                 old_values = values
                 metrics = {
                     "losses/values": (values.mean() * reward_scale).item(),  # unscaled
@@ -570,7 +570,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 class ActionScaler:
-    """Clips what the policy outputs into a Box. Where it is bounded, [-1, 1] is its whole range.
+    """Clips actions into a Box. In bounded dimensions, [-1, 1] is first mapped to [low, high].
 
     Shapes: tensor (..., dim) -> array (..., *box.shape) of the box's dtype.
     """
@@ -595,7 +595,7 @@ class ActionScaler:
 
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-LONGEST_EPISODE = 50_000  # steps that a resume repeats at most, and that an evaluation plays
+LONGEST_EPISODE = 50_000  # most steps a resume repeats, or an evaluation plays, of one episode
 
 
 def parse_count(text: str) -> int:
