@@ -10,7 +10,7 @@ def evaluation(folder):
 
 def test_ppo_balances_the_pendulum(tmp_path):
     """InvertedPendulum-v5: 1000 is perfect, a random policy gets about 6."""
-    arguments = "--env-id InvertedPendulum-v5 --total-timesteps 100000 --num-envs 8 --num-steps 64"
+    arguments = "--env-id InvertedPendulum-v5 --total-timesteps 40000 --num-envs 8 --num-steps 64"
     run("ppo_continuous", *arguments.split(), "--num-minibatches", 8, "--update-epochs", 10,
         "--run-dir", tmp_path / "r", "--eval-episodes", 5, quick=False)  # fmt: skip
     assert evaluation(tmp_path / "r") > 900
@@ -20,6 +20,7 @@ def test_ppo_balances_the_pendulum(tmp_path):
 def test_q_learning_balances_the_pole(script, tmp_path):
     """CartPole-v1: random actions get 22, an untrained network 9; 150 to 300 after 25,000 steps."""
     arguments = "--env-id CartPole-v1 --total-timesteps 25000 --eval-episodes 20 --tau 1 "
-    arguments += "--target-frequency 500 --learning-rate 5e-4 --exploration-steps 20000"
+    arguments += "--target-frequency 500 --learning-rate 5e-4 --exploration-steps 20000 "
+    arguments += "--train-frequency 4"
     run(script, *arguments.split(), "--run-dir", tmp_path / "r", quick=False)
     assert evaluation(tmp_path / "r") > 110
