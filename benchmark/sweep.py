@@ -277,7 +277,9 @@ def run_on_ray(todo: list[Job], options: Options, stop: Stop, failed: dict[Job, 
         yield
     for ref in refs:
         ray.cancel(ref)
-    ray.wait(list(refs), num_returns=len(refs), timeout=60) if refs else None
+    patience = time.time() + 60
+    while any(map(jobs.locked, refs.values())) and time.time() < patience:
+        time.sleep(0.2)  # they checkpoint; shutting down would signal them again, and kill them
     ray.shutdown()
 
 
