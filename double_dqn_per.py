@@ -10,7 +10,7 @@ and importance weights correct the bias that this brings. van Hasselt et al. 201
         with probability epsilon a random action, otherwise the argmax of Q(s, a)
         store (s, a, r, s') in the replay memory D, with the largest p so far     (B, Algorithm 1)
         every train_frequency steps:
-            sample k of the N transitions, P(i) = p_i^alpha / sum of p^alpha      (B, eq. 1)
+            sample from the N transitions, P(i) = p_i^alpha / sum of p^alpha     (B, eq. 1)
             w_i = (N P(i))^-beta / max w                                          (B, section 3.4)
             y = r, if s' is terminal, else r + gamma Q_target(s', argmax_a' Q(s', a'))         (A)
             one gradient step on the mean of w huber(y - Q(s, a))
@@ -62,8 +62,8 @@ from tqdm import tqdm
 
 
 class Default:
-    """Default of a flag as (vectors, Atari). Atari values are the paper's, except as listed above
-    and for total_timesteps, a fifth of it."""
+    """Default of a flag as (vectors, Atari). Atari values are the published ones, except as listed
+    above and for total_timesteps, a fifth of them."""
 
     def __init__(self, vectors: Any, atari: Any) -> None:
         self.vectors, self.atari = vectors, atari
@@ -90,7 +90,7 @@ class Args:
     anneal_lr: bool = Default(True, atari=False)
     """Lower the learning rate linearly to 0 at the end."""
     optimizer: Literal["adam", "rmsprop"] = Default("adam", atari="rmsprop")
-    """Optimizer; rmsprop is centred, as in the paper."""
+    """Optimizer; rmsprop is centred, as in Mnih et al. 2015."""
     loss: Literal["huber", "squared"] = Default("squared", atari="huber")
     """Loss of the TD error; the gradient of huber is the error clipped to [-1, 1]."""
     gamma: float = 0.99
@@ -122,7 +122,7 @@ class Args:
     num_envs: Count = 1
     """Environments stepped together in this process."""
     sticky_actions: float = 0.0
-    """Atari: probability that a frame repeats the last action. The paper has 0, Gymnasium 0.25."""
+    """Atari: probability that a frame repeats the last action. DQN papers: 0, Gymnasium: 0.25."""
     clip_rewards: bool = True
     """Atari: learn from rewards clipped to [-1, 1]; logged returns are the game's own."""
     episodic_life: bool = True
@@ -303,13 +303,13 @@ class PrioritizedReplayBuffer:
         overlapping = (i + (self.stack - 1) * self.num_envs) % self.size
         self.tree.update(overlapping, 0.0)  # its stack began with the frame overwritten now
         previous = (i - self.num_envs) % self.size
-        self.tree.update(previous, self.largest * (self.actions[previous] >= 0))
+        self.tree.update(previous, self.largest * (self.actions[previous] >= 0))  # complete
         self.next_row[env_ids] = (i + self.num_envs) % self.size
         self.next_age[env_ids] = np.minimum(self.next_age[env_ids] + 1, self.stack)
         self.filled = max(self.filled, int(i.max()) + 1)
 
     def sample(self, batch_size: int) -> tuple[np.ndarray, Tensor, Batch]:
-        """Indices, probabilities and transitions, one from each of k equal ranges of the sum."""
+        """Indices, probabilities and transitions, one from each of B equal ranges of the sum."""
         total = self.tree.levels[0].sum()
         sums = (np.arange(batch_size) + np.random.random(batch_size)) / batch_size * total
         indices = self.tree.find(sums)
@@ -417,7 +417,7 @@ def train(args: Args) -> None:
             terminations = terminations | ((lives < last_lives) & ~dones)
         buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
 
-        # Count single steps, so that frequencies hold for any number of environments.
+        # Single steps, so that frequencies hold for any num_envs; sampling needs complete rows.
         for _ in range(args.num_envs):
             global_step += 1
             learns = global_step >= args.learning_starts and buffer.filled > args.num_envs
@@ -486,7 +486,7 @@ def check_args(args: Args) -> None:
 class SumTree:
     """Priorities as leaves of a tree in which every node is the sum of its WIDTH children.
 
-    Three levels hold 2 million. Source: Schaul et al. 2016, appendix B.2.1, with two children."""
+    A row of a level: one node's children. Source: Schaul et al. 2016, appendix B.2.1 (WIDTH 2)."""
 
     WIDTH = 128
 
@@ -501,7 +501,7 @@ class SumTree:
         for level in reversed(self.levels):
             level.reshape(-1)[indices] = priorities
             indices = indices // self.WIDTH
-            priorities = level[indices].sum(1)
+            priorities = level[indices].sum(1)  # of the nodes in the level above
 
     def find(self, sums: np.ndarray) -> np.ndarray:
         """For each sum, the first leaf whose running total exceeds it. Shapes: (B,) -> (B,)."""

@@ -62,8 +62,8 @@ from tqdm import tqdm
 
 
 class Default:
-    """Default of a flag as (vectors, Atari). Atari values are the paper's, except as listed above
-    and for total_timesteps, a fifth of it."""
+    """Default of a flag as (vectors, Atari). Atari values are the published ones, except as listed
+    above and for total_timesteps, a fifth of them."""
 
     def __init__(self, vectors: Any, atari: Any) -> None:
         self.vectors, self.atari = vectors, atari
@@ -82,7 +82,7 @@ class Args:
     anneal_lr: bool = Default(True, atari=False)
     """Lower the learning rate linearly to 0 at the end."""
     optimizer: Literal["adam", "rmsprop"] = Default("adam", atari="rmsprop")
-    """Optimizer; rmsprop is centred, as in the paper."""
+    """Optimizer; rmsprop is centred, as in Mnih et al. 2015."""
     loss: Literal["huber", "squared"] = Default("squared", atari="huber")
     """Loss of the TD error; the gradient of huber is the error clipped to [-1, 1]."""
     gamma: float = 0.99
@@ -114,7 +114,7 @@ class Args:
     num_envs: Count = 1
     """Environments stepped together in this process."""
     sticky_actions: float = 0.0
-    """Atari: probability that a frame repeats the last action. The paper has 0, Gymnasium 0.25."""
+    """Atari: probability that a frame repeats the last action. DQN papers: 0, Gymnasium: 0.25."""
     clip_rewards: bool = True
     """Atari: learn from rewards clipped to [-1, 1]; logged returns are the game's own."""
     episodic_life: bool = True
@@ -376,7 +376,7 @@ def train(args: Args) -> None:
             terminations = terminations | ((lives < last_lives) & ~dones)
         buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
 
-        # Count single steps, so that frequencies hold for any number of environments.
+        # Single steps, so that frequencies hold for any num_envs; sampling needs complete rows.
         for _ in range(args.num_envs):
             global_step += 1
             learns = global_step >= args.learning_starts and buffer.filled > args.num_envs

@@ -10,6 +10,7 @@ moving too far from the data. Schulman et al. 2017, arXiv:1707.06347; equation n
         for each epoch:
             delta_t = r_t + gamma V(s_t+1) - V(s_t)                             (eq. 12)
             A_t = delta_t + gamma lambda A_t+1, R_t = A_t + V(s_t)              (eq. 11, recursive)
+            (no V(s_t+1) after a termination, no A_t+1 after the end of any episode)
             for each minibatch:
                 ratio = pi(a|s) / pi_old(a|s)                                   (section 3)
                 L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)       (eq. 7)
@@ -92,7 +93,7 @@ class Args:
     clip_vloss: bool = False
     """Clip the value loss by --clip-coef too (arXiv:2006.05990, section 3.4: it hurts)."""
     vf_coef: float = 0.5
-    """Weight of the value loss."""
+    """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus."""
     max_grad_norm: float = 0.5
@@ -419,7 +420,7 @@ def train(args: Args) -> None:
                 optimizer.step()
                 minibatch_metrics.append(step_metrics)
                 log_ratios.append(log_ratio)
-            for name in step_metrics:  # means over the epoch; the last epoch's are logged
+            for name in step_metrics:  # means over the epoch, while the policy changes
                 metrics[name] = torch.stack([x[name] for x in minibatch_metrics]).mean().item()
             log_ratio = torch.cat(log_ratios)
             metrics["losses/approx_kl"] = approximate_kl(log_ratio).item()
