@@ -10,7 +10,7 @@ and importance weights correct the bias that this brings. van Hasselt et al. 201
         with probability epsilon a random action, otherwise the argmax of Q(s, a)
         store (s, a, r, s') in the replay memory D, with the largest p so far     (B, Algorithm 1)
         every train_frequency steps:
-            sample from the N transitions, P(i) = p_i^alpha / sum of p^alpha     (B, eq. 1)
+            sample from the N transitions, P(i) = p_i^alpha / sum of p^alpha      (B, eq. 1)
             w_i = (N P(i))^-beta / max w                                          (B, section 3.4)
             y = r, if s' is terminal, else r + gamma Q_target(s', argmax_a' Q(s', a'))         (A)
             one gradient step on the mean of w huber(y - Q(s, a))
