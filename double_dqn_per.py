@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 class Default:
     """Default of a flag as (vectors, Atari). Atari values are the published ones, except as listed
-    above and for total_timesteps, a fifth of them."""
+    above; total_timesteps is a fifth of the published."""
 
     def __init__(self, vectors: Any, atari: Any) -> None:
         self.vectors, self.atari = vectors, atari
@@ -88,7 +88,7 @@ class Args:
     learning_rate: float = Default(1e-3, atari=6.25e-5)
     """Step size of the optimizer at the start."""
     anneal_lr: bool = Default(True, atari=False)
-    """Lower the learning rate linearly to 0 at the end."""
+    """Lower the learning rate linearly over the run, to 0 at its end."""
     optimizer: Literal["adam", "rmsprop"] = Default("adam", atari="rmsprop")
     """Optimizer; rmsprop is centred, as in Mnih et al. 2015."""
     loss: Literal["huber", "squared"] = Default("squared", atari="huber")
@@ -150,13 +150,13 @@ class Args:
     capture_video: bool = False
     """Record the first episode of every evaluation in the run folder's videos/."""
     checkpoint_frequency: Count = 100_000
-    """Environment steps between checkpoints; 0: only at the end and when interrupted."""
+    """Environment steps between checkpoints, in whole iterations; 0: at the end and on a signal."""
     resume: Text = None
-    """Run folder to continue, exactly from its checkpoint and with its arguments."""
+    """Run folder to continue from its checkpoint and with its arguments; exact on a CPU."""
     evaluate: Text = None
     """Run folder whose checkpoint to evaluate; trains nothing and writes nothing but videos."""
     eval_frequency: Count = 0
-    """Environment steps between evaluations; 0: only at the end."""
+    """Environment steps between evaluations, in whole iterations; 0: only at the end."""
     eval_episodes: Count = 10
     """Whole episodes per evaluation, played with the deterministic policy."""
 
@@ -248,19 +248,19 @@ class Batch(NamedTuple):
 class PrioritizedReplayBuffer:
     """The newest transitions: actions[i], taken in obs[i], led to rewards[i] and next_obs[i].
 
-    Each step stores one frame: the observation, or on Atari the newest of its four pictures. The
-    newest rows of a ring with stacks of four, after a time limit has cut episode a:
+    Each step stores one frame: the observation, or on Atari the newest of its four pictures. A
+    ring with stacks of four, after a time limit has cut episode a:
 
         row  frame  action  age  obs            next_obs       can be sampled
-        0    a0     2       0    0  0  0  a0    0  0  a0 a1    yes
-        1    a1     0       1    0  0  a0 a1    0  a0 a1 a2    yes
+        0    a0     2       0    .  .  .  a0    .  .  a0 a1    yes
+        1    a1     0       1    .  .  a0 a1    .  a0 a1 a2    yes
         2    a2     -1      2                                  no: the last frame of a, no action
-        3    b0     1       0    0  0  0  b0    0  0  b0 b1    yes
-        4    b1     3       1    0  0  b0 b1                   no: the next frame is to come
+        3    b0     1       0    .  .  .  b0    .  .  b0 b1    yes
+        4    b1     3       1    .  .  b0 b1                   no: the next frame is to come
         5-7  old                                               no: parts of their stacks are gone
 
-    `ages` count the earlier frames of the episode, up to the size of a stack; what is from before
-    the episode is read as 0. After a termination no target looks at next_obs, so it needs no row.
+    `ages` count the earlier frames of the episode, up to the size of a stack; frames from
+    before it are read as 0 (dots). A terminated episode needs no row for its last observation.
     `priorities` hold p^alpha of rows that can be sampled, otherwise 0. With n environments, row
     i + n follows row i. Shapes: (size, ...) for what is a row's, where zeros pad the priorities to
     whole nodes of the tree; (num_envs,) for next_row and next_age; (1,) for largest p^alpha so far.
@@ -332,7 +332,7 @@ class PrioritizedReplayBuffer:
         return Batch(*map(torch.from_numpy, parts))
 
     def state_dict(self) -> dict[str, Any]:
-        written = max(self.filled, self.num_envs)  # at least as long as next_row
+        written = max(self.filled, self.num_envs)  # next_row and next_age have num_envs entries
         arrays = {name: torch.from_numpy(getattr(self, name)[:written]) for name in self.ARRAYS}
         return arrays | {"filled": self.filled}
 
@@ -367,7 +367,7 @@ def train(args: Args) -> None:
         return greedy_actions(obs[None])[0] + first_action
 
     def gradient_step(obs, actions, targets, weights):
-        """Compute the gradient for one step of the optimizer."""
+        """Compute the gradients for the next step of the optimizer."""
         q_values = q_network(obs).gather(1, actions[:, None]).squeeze(1)
         assert q_values.shape == targets.shape == weights.shape
         loss = (weights * td_loss(q_values, targets, reduction="none")).mean()
@@ -417,7 +417,7 @@ def train(args: Args) -> None:
             terminations = terminations | ((lives < last_lives) & ~dones)
         buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
 
-        # Single steps, so that frequencies hold for any num_envs; sampling needs complete rows.
+        # Single steps, so that frequencies hold for any num_envs; sampling needs rows with a next.
         for _ in range(args.num_envs):
             global_step += 1
             learns = global_step >= args.learning_starts and buffer.filled > args.num_envs
@@ -463,7 +463,7 @@ def resolve_defaults(args: Args) -> None:
         value = getattr(args, field.name)
         if isinstance(value, Default):
             chosen = value.atari if args.atari else value.vectors
-            object.__setattr__(args, field.name, chosen)  # frozen from here on
+            object.__setattr__(args, field.name, chosen)  # as Args are frozen
 
 
 def check_args(args: Args) -> None:
@@ -646,7 +646,7 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> PrioritizedReplayBuff
 
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-LONGEST_EPISODE = 50_000  # most steps a resume repeats, or an evaluation plays, of one episode
+LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
 
 
 def parse_count(text: str) -> int:
@@ -685,10 +685,10 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """The command line's arguments. With --resume or --evaluate the run folder has the rest."""
+    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
-    if folder is None:  # the defaults may depend on the environment
+    if folder is None:  # again, as defaults may depend on the environment
         return tyro.cli(args_class, default=args_class(env_id=args.env_id))
     try:
         about = json.loads(Path(folder, "args.json").read_text())
@@ -745,7 +745,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of all global generators, in types that torch.load(weights_only=True) accepts."""
+    """State of the global generators but MPS's, as torch.load(weights_only=True) accepts it."""
     name, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -762,8 +762,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
 class ReplayableEnv(gym.Wrapper):
     """An environment that is saved as the seed of its current episode and the actions since.
 
-    Restoring repeats the actions, which is exact if reset(seed) determines the episode; if they end
-    elsewhere, a new episode starts. `info` holds return and length on an episode's last step.
+    Restoring repeats the actions, which is exact if reset(seed) determines the episode; if it comes
+    out different, a new one starts. `info` holds return and length on an episode's last step.
     """
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
@@ -802,7 +802,7 @@ class ReplayableEnv(gym.Wrapper):
             same_obs = np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True)
             exact = same_obs and self.episodic_return == state["episodic_return"]
         if not exact:
-            tqdm.write("warning: environment not restored, its episode restarts", sys.stderr)
+            tqdm.write("warning: environment not restored, a new episode starts", sys.stderr)
             self.reset()
 
 
@@ -931,7 +931,7 @@ class Run:
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def restore(self) -> int:
-        """Load the checkpoint, for --evaluate only the networks of it. Returns its global step."""
+        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
             return 0  # killed before its first checkpoint

@@ -16,7 +16,7 @@ moving too far from the data. Schulman et al. 2017, arXiv:1707.06347; equation n
                 L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)       (eq. 7)
                 or: L = mean of ratio A - beta KL(pi_old, pi)                   (eq. 8)
                 one Adam step on -L + c1 (V(s) - R)^2 / 2 - c2 entropy          (eq. 9)
-            without the KL penalty: stop if KL(pi_old, pi) is above 1.5 times its target
+            without the KL penalty: no more epochs if KL(pi_old, pi) was above 1.5 times its target
         with the KL penalty: double or halve beta to keep the KL at its target  (section 4)
 
     python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
@@ -27,8 +27,8 @@ Deviations from the paper:
 - Observations are normalised and rewards scaled by running statistics (arXiv:2005.12729), so that
   the same hyperparameters suit environments with very different units.
 - Advantages are computed again before every epoch, with the newest critic (arXiv:2006.05990).
-- Advantages are normalised, gradients clipped, weights orthogonal with a small last policy layer
-  and a smaller initial spread (arXiv:2006.05990): details that published results rely on.
+- Advantages are normalised, gradients clipped, weights orthogonal with a small last policy layer,
+  and actions begin with a small spread (arXiv:2006.05990), as in most published results.
 - The epochs stop once the policy has moved too far (--target-kl): clipping is not always enough.
 - The KL is estimated from the sampled actions: only old log-probabilities have to be stored.
 """
@@ -67,7 +67,7 @@ class Args:
     learning_rate: float = 3e-4
     """Step size of Adam at the start."""
     anneal_lr: bool = True
-    """Lower the learning rate linearly to 0 at the end (arXiv:2006.05990, section 3.7)."""
+    """Lower the learning rate linearly over the run, to 0 (arXiv:2006.05990, section 3.7)."""
     gamma: float = 0.99
     """Discount factor per environment step."""
     gae_lambda: float = 0.95
@@ -89,7 +89,7 @@ class Args:
     kl_coef: float = 1.0
     """Initial weight beta of the KL penalty; doubles or halves as the KL misses --target-kl."""
     target_kl: float | None = 0.05
-    """KL in nats. clip: stop the epochs above 1.5 times it (None: never); penalty: its aim."""
+    """KL in nats. clip: stop the epochs above 1.5 times it (None: never); penalty: its target."""
     clip_vloss: bool = False
     """Clip the value loss by --clip-coef too (arXiv:2006.05990, section 3.4: it hurts)."""
     vf_coef: float = 0.5
@@ -99,7 +99,7 @@ class Args:
     max_grad_norm: float = 0.5
     """Largest norm of the whole gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -1.0
-    """Initial log std of actions, in units of half the box (arXiv:2006.05990, section 3.2)."""
+    """Initial log std of actions, whose bounds are -1 and 1 here (arXiv:2006.05990, section 3.2)."""
 
     # Environment
     env_id: str = "HalfCheetah-v5"
@@ -109,7 +109,7 @@ class Args:
     norm_obs: bool = True
     """Normalise observations by running mean and variance, clip them to 10 (arXiv:2005.12729)."""
     norm_reward: bool = True
-    """Divide rewards by the running std of the discounted return (arXiv:2005.12729)."""
+    """Divide rewards by the running std of the return, clip them to 10 (arXiv:2005.12729)."""
 
     # Run
     seed: Count = 1
@@ -133,13 +133,13 @@ class Args:
     capture_video: bool = False
     """Record the first episode of every evaluation in the run folder's videos/."""
     checkpoint_frequency: Count = 100_000
-    """Environment steps between checkpoints; 0: only at the end and when interrupted."""
+    """Environment steps between checkpoints, in whole iterations; 0: at the end and on a signal."""
     resume: Text = None
-    """Run folder to continue, exactly from its checkpoint and with its arguments."""
+    """Run folder to continue from its checkpoint and with its arguments; exact on a CPU."""
     evaluate: Text = None
     """Run folder whose checkpoint to evaluate; trains nothing and writes nothing but videos."""
     eval_frequency: Count = 0
-    """Environment steps between evaluations; 0: only at the end."""
+    """Environment steps between evaluations, in whole iterations; 0: only at the end."""
     eval_episodes: Count = 10
     """Whole episodes per evaluation, played with the deterministic policy."""
 
@@ -324,7 +324,7 @@ def train(args: Args) -> None:
         return to_env(mean)
 
     def gradient_step(obs, actions, old_log_probs, advantages, returns, old_values, kl_coef):
-        """Compute the gradient for one step of the optimizer, and clip its norm."""
+        """Compute the gradients for the next step of the optimizer, and clip their norm."""
         mean, log_std = actor(obs)
         log_ratio = gaussian_log_prob(mean, log_std, actions) - old_log_probs
         values = critic(obs)
@@ -401,10 +401,10 @@ def train(args: Args) -> None:
                     args.gamma, args.gae_lambda,
                 )
                 returns = advantages + values
-            if epoch == 0:  # for the clipped value loss and the log: before the critic learns
+            if epoch == 0:  # before the critic learns; for the clipped value loss and the log
                 old_values = values
                 metrics = {
-                    "losses/values": (values.mean() * reward_scale).item(),  # unscaled
+                    "losses/values": (values.mean() * reward_scale).item(),  # unit: the reward's
                     "losses/explained_variance": explained_variance(values, returns).item(),
                 }
 
@@ -493,7 +493,7 @@ class ObsNormalizer(RunningMoments):
 
 
 class RewardScaler(RunningMoments):
-    """Divides rewards by the running standard deviation of the discounted return.
+    """Divides rewards by the running std of the discounted return, then clips them to 10.
 
     Subtracting a mean would change which behaviour is best. Shapes: rewards (T, N) -> the same.
     """
@@ -552,9 +552,9 @@ def make_envs(args: Args) -> ReplayableVectorEnv:
 
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """One environment with Box actions and flat observations. Any other space is refused."""
-    with contextlib.suppress(ImportError):  # otherwise MuJoCo writes ./MUJOCO_LOG.TXT
-        __import__("mujoco").set_mju_user_warning(lambda message: None)
+    """One environment with Box actions; observations are flattened, pictures refused."""
+    with contextlib.suppress(ImportError):
+        __import__("mujoco").set_mju_user_warning(lambda message: None)  # no MUJOCO_LOG.TXT
     try:
         env = gym.make(args.env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError) as error:
@@ -596,7 +596,7 @@ class ActionScaler:
 
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-LONGEST_EPISODE = 50_000  # most steps a resume repeats, or an evaluation plays, of one episode
+LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
 
 
 def parse_count(text: str) -> int:
@@ -635,10 +635,10 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """The command line's arguments. With --resume or --evaluate the run folder has the rest."""
+    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
-    if folder is None:  # the defaults may depend on the environment
+    if folder is None:  # again, as defaults may depend on the environment
         return tyro.cli(args_class, default=args_class(env_id=args.env_id))
     try:
         about = json.loads(Path(folder, "args.json").read_text())
@@ -695,7 +695,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of all global generators, in types that torch.load(weights_only=True) accepts."""
+    """State of the global generators but MPS's, as torch.load(weights_only=True) accepts it."""
     name, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -712,8 +712,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
 class ReplayableEnv(gym.Wrapper):
     """An environment that is saved as the seed of its current episode and the actions since.
 
-    Restoring repeats the actions, which is exact if reset(seed) determines the episode; if they end
-    elsewhere, a new episode starts. `info` holds return and length on an episode's last step.
+    Restoring repeats the actions, which is exact if reset(seed) determines the episode; if it comes
+    out different, a new one starts. `info` holds return and length on an episode's last step.
     """
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
@@ -752,7 +752,7 @@ class ReplayableEnv(gym.Wrapper):
             same_obs = np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True)
             exact = same_obs and self.episodic_return == state["episodic_return"]
         if not exact:
-            tqdm.write("warning: environment not restored, its episode restarts", sys.stderr)
+            tqdm.write("warning: environment not restored, a new episode starts", sys.stderr)
             self.reset()
 
 
@@ -881,7 +881,7 @@ class Run:
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def restore(self) -> int:
-        """Load the checkpoint, for --evaluate only the networks of it. Returns its global step."""
+        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
             return 0  # killed before its first checkpoint
