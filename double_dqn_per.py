@@ -24,7 +24,7 @@ Deviations from the papers:
 - A time limit does not end the task: the target uses the value of s' there (arXiv:1712.00378).
 - Weights are divided by the largest of the minibatch; priorities use TD errors without clipping.
 - The loss is the mean over the minibatch, where the papers' code sums, so RMSProp's constant is
-  smaller, too: the papers divide by sqrt(v + 0.01), this script by sqrt(v) + 0.1 / batch_size.
+  smaller, too: the papers divide by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
 - The tuned network of (A) shares one bias between all actions; this one does not.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss, which does not clip large errors.
@@ -142,7 +142,7 @@ class Args:
     compile: bool = False
     """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
     track: bool = False
-    """Log to Weights & Biases too; without key or network into the run folder, to sync later."""
+    """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
     wandb_project_name: str = "deep-rl"
     """Weights & Biases project."""
     wandb_entity: Text = None
@@ -214,7 +214,7 @@ def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma:
 def double_q_target(
     rewards: Tensor, terminations: Tensor, online_q: Tensor, target_q: Tensor, gamma: float
 ) -> Tensor:
-    """TD target: the online network chooses the next action, the target network evaluates it.
+    """TD target: the trained, online network chooses the next action, the other evaluates it.
 
     Shapes: rewards, terminations (B,), online_q, target_q of next_obs (B, num_actions) -> (B,).
     Source: van Hasselt et al. 2016, section "Double DQN".
@@ -224,9 +224,9 @@ def double_q_target(
 
 
 def importance_weights(probabilities: Tensor, beta: float) -> Tensor:
-    """(N P)^-beta over its maximum, in which N cancels. Shapes: probabilities (B,) -> (B,).
+    """(N P)^-beta divided by its maximum; N cancels. Shapes: probabilities (B,) -> (B,).
 
-    The rarest transition has weight 1. Source: Schaul et al. 2016, section 3.4.
+    The least probable transition has weight 1. Source: Schaul et al. 2016, section 3.4.
     """
     weights = probabilities**-beta
     return weights / weights.max()
@@ -257,13 +257,13 @@ class PrioritizedReplayBuffer:
         2    a2     -1      2                                  no: the last frame of a, no action
         3    b0     1       0    .  .  .  b0    .  .  b0 b1    yes
         4    b1     3       1    .  .  b0 b1                   no: the next frame is to come
-        5-7  old                                               no: parts of their stacks are gone
+        5-7  old                                               no: begin in a lost frame; 8: yes
 
     `ages` count the earlier frames of the episode, up to the size of a stack; frames from
     before it are read as 0 (dots). A terminated episode needs no row for its last observation.
     `priorities` hold p^alpha of rows that can be sampled, otherwise 0. With n environments, row
-    i + n follows row i. Shapes: (size, ...) for what is a row's, where zeros pad the priorities to
-    whole nodes of the tree; (num_envs,) for next_row and next_age; (1,) for largest p^alpha so far.
+    i + n follows row i. `largest` is the largest p^alpha so far. Shapes: (size, ...) for arrays of
+    rows, with zeros behind the priorities to fill the tree; (num_envs,) for next_row and next_age.
     """
 
     ARRAYS = "frames actions rewards terminations ages next_row next_age priorities largest".split()
@@ -283,7 +283,7 @@ class PrioritizedReplayBuffer:
         self.priorities, self.largest = self.tree.levels[-1].reshape(-1), np.ones(1)
         self.next_row = np.arange(num_envs)
         self.next_age = np.zeros(num_envs, np.int64)  # of the frame that next_row will hold
-        self.filled = 0  # rows written at least once
+        self.filled = 0  # rows up to the last one written
 
     def add(self, obs, actions, rewards, next_obs, terminations, dones) -> None:
         """Add one step of all environments. Shapes: (num_envs, ...)."""
@@ -301,7 +301,7 @@ class PrioritizedReplayBuffer:
         self.terminations[i] = terminations
         self.ages[i] = self.next_age[env_ids]
         overlapping = (i + (self.stack - 1) * self.num_envs) % self.size
-        self.tree.update(overlapping, 0.0)  # its stack began with the frame overwritten now
+        self.tree.update(overlapping, 0.0)  # row i was its stack's oldest frame
         previous = (i - self.num_envs) % self.size
         self.tree.update(previous, self.largest * (self.actions[previous] >= 0))  # complete
         self.next_row[env_ids] = (i + self.num_envs) % self.size
@@ -486,7 +486,7 @@ def check_args(args: Args) -> None:
 class SumTree:
     """Priorities as leaves of a tree in which every node is the sum of its WIDTH children.
 
-    A row of a level: one node's children. Source: Schaul et al. 2016, appendix B.2.1 (WIDTH 2)."""
+    A level has one row per node: its children. Source: Schaul et al. 2016, appendix B.2.1."""
 
     WIDTH = 128
 
@@ -636,7 +636,7 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> PrioritizedReplayBuff
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
     if args.atari and not args.evaluate:
-        print(f"{args.env_id}: the paper's hyperparameters where not given; {memory}", flush=True)
+        print(f"{args.env_id}: the paper's values for flags not given; {memory}", flush=True)
     if gigabytes > free and not args.evaluate:
         stop(f"error: --buffer-size: {memory}, but only {free:.1f} GB of memory are free")
     return PrioritizedReplayBuffer(args.buffer_size, args.num_envs, obs_shape, args.atari, alpha)

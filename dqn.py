@@ -21,7 +21,7 @@ version, without the second network, is arXiv:1312.5602.
 Deviations from the paper:
 - A time limit does not end the task: the target uses the value of s' there (arXiv:1712.00378).
 - The loss is the mean over the minibatch, where the paper's code sums, so RMSProp's constant is
-  smaller, too: the paper divides by sqrt(v + 0.01), this script by sqrt(v) + 0.1 / batch_size.
+  smaller, too: the paper divides by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
 - The target network is copied every 10,000 steps of the agent, as in the authors' code; their table
   counts gradient steps. Epsilon falls from the first step on, not from the first gradient step.
 - With vector observations: a small fully connected network, Adam with a learning rate that falls
@@ -134,7 +134,7 @@ class Args:
     compile: bool = False
     """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
     track: bool = False
-    """Log to Weights & Biases too; without key or network into the run folder, to sync later."""
+    """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
     wandb_project_name: str = "deep-rl"
     """Weights & Biases project."""
     wandb_entity: Text = None
@@ -228,7 +228,7 @@ class ReplayBuffer:
         2    a2     -1      2                                  no: the last frame of a, no action
         3    b0     1       0    .  .  .  b0    .  .  b0 b1    yes
         4    b1     3       1    .  .  b0 b1                   no: the next frame is to come
-        5-7  old                                               no: parts of their stacks are gone
+        5-7  old                                               no: begin in a lost frame; 8: yes
 
     `ages` count the earlier frames of the episode, up to the size of a stack; frames from
     before it are read as 0 (dots). A terminated episode needs no row for its last observation.
@@ -251,7 +251,7 @@ class ReplayBuffer:
         self.valid = np.zeros(self.size, np.bool_)
         self.next_row = np.arange(num_envs)
         self.next_age = np.zeros(num_envs, np.int64)  # of the frame that next_row will hold
-        self.filled = 0  # rows written at least once
+        self.filled = 0  # rows up to the last one written
 
     def add(self, obs, actions, rewards, next_obs, terminations, dones) -> None:
         """Add one step of all environments. Shapes: (num_envs, ...)."""
@@ -269,7 +269,7 @@ class ReplayBuffer:
         self.terminations[i] = terminations
         self.ages[i] = self.next_age[env_ids]
         overlapping = (i + (self.stack - 1) * self.num_envs) % self.size
-        self.valid[overlapping] = False  # its stack began with the frame overwritten now
+        self.valid[overlapping] = False  # row i was its stack's oldest frame
         previous = i - self.num_envs
         self.valid[previous] = self.actions[previous] >= 0  # its next frame is there now
         self.next_row[env_ids] = (i + self.num_envs) % self.size
@@ -554,7 +554,7 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> ReplayBuffer:
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
     if args.atari and not args.evaluate:
-        print(f"{args.env_id}: the paper's hyperparameters where not given; {memory}", flush=True)
+        print(f"{args.env_id}: the paper's values for flags not given; {memory}", flush=True)
     if gigabytes > free and not args.evaluate:
         stop(f"error: --buffer-size: {memory}, but only {free:.1f} GB of memory are free")
     return ReplayBuffer(args.buffer_size, args.num_envs, obs_shape, args.atari)

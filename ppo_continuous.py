@@ -99,7 +99,7 @@ class Args:
     max_grad_norm: float = 0.5
     """Largest norm of the whole gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -1.0
-    """Initial log std of actions, whose bounds are -1 and 1 here (arXiv:2006.05990, section 3.2)."""
+    """Initial log std of actions; their bounds here are [-1, 1] (arXiv:2006.05990, section 3.2)."""
 
     # Environment
     env_id: str = "HalfCheetah-v5"
@@ -125,7 +125,7 @@ class Args:
     compile: bool = False
     """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
     track: bool = False
-    """Log to Weights & Biases too; without key or network into the run folder, to sync later."""
+    """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
     wandb_project_name: str = "deep-rl"
     """Weights & Biases project."""
     wandb_entity: Text = None
