@@ -43,8 +43,8 @@ def raylets(folder):
     return sorted(int(pid) for pid, text in lines if "/raylet/raylet " in text and folder in text)
 
 
-@pytest.fixture
-def cluster(tmp_path):
+@pytest.fixture(scope="module")
+def cluster():
     """Two nodes with one core each. Yields (address, environment variables, folder)."""
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # paths of sockets have 107 characters
         extra = {"HOME": short, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -63,8 +63,29 @@ def cluster(tmp_path):
                         os.kill(int(line.split()[0]), signal.SIGKILL)
 
 
+def test_a_signal_stops_the_jobs_of_a_cluster(tmp_path, cluster):
+    address, extra, _ = cluster
+    path, root = suite(tmp_path, steps=200_000), tmp_path / "r"
+    words = ["--engine", "ray", "--ray-address", address]
+    running = begin(path, "--run-root", root, *words, **extra)
+    wait_for(lambda: len(folders(root)) == 2 and all(map(step, folders(root))))
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=100)
+    assert running.returncode == 143, output
+    assert all(Path(folder, "checkpoint.pt").exists() for folder in folders(root))
+
+
+def test_a_wrong_address_is_one_line(tmp_path):
+    words = ["--engine", "ray", "--ray-address", "127.0.0.1:1", "--run-root", tmp_path / "r"]
+    done = sweep(suite(tmp_path), *words, code=2, RAY_AUTH_MODE="disabled", HOME=str(tmp_path))
+    assert "error: --ray-address 127.0.0.1:1" in done.stderr
+    assert not (tmp_path / "r").exists() and ROOT.exists()
+
+
 def test_a_node_is_killed_and_every_job_completes(tmp_path, cluster):
-    """Its jobs go on elsewhere, from their checkpoints; all equal an undisturbed sweep."""
+    """Its jobs go on elsewhere, from their checkpoints; all equal an undisturbed sweep.
+
+    The last test of the cluster, as it leaves only one node of it."""
     address, extra, short = cluster
     more = "--checkpoint-frequency 512"
     path = suite(tmp_path, seeds=range(1, JOBS + 1), steps=40_960, more=more)
@@ -82,23 +103,3 @@ def test_a_node_is_killed_and_every_job_completes(tmp_path, cluster):
     assert f"{JOBS} of {JOBS} complete" in output
     assert sum(starts(rough).values()) > JOBS, "the killed node ran nothing"
     assert_same_runs(calm, rough)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_the_jobs_of_a_cluster(tmp_path, cluster, number, code):
-    address, extra, _ = cluster
-    path, root = suite(tmp_path, steps=200_000), tmp_path / "r"
-    words = ["--engine", "ray", "--ray-address", address]
-    running = begin(path, "--run-root", root, *words, **extra)
-    wait_for(lambda: len(folders(root)) == 2 and all(map(step, folders(root))))
-    running.send_signal(number)
-    output, _ = running.communicate(timeout=100)
-    assert running.returncode == code, output
-    assert all(Path(folder, "checkpoint.pt").exists() for folder in folders(root))
-
-
-def test_a_wrong_address_is_one_line(tmp_path):
-    words = ["--engine", "ray", "--ray-address", "127.0.0.1:1", "--run-root", tmp_path / "r"]
-    done = sweep(suite(tmp_path), *words, code=2, RAY_AUTH_MODE="disabled", HOME=str(tmp_path))
-    assert "error: --ray-address 127.0.0.1:1" in done.stderr
-    assert not (tmp_path / "r").exists() and ROOT.exists()
