@@ -256,6 +256,8 @@ def run_on_ray(todo: list[Job], options: Options, stop: Stop, failed: dict[Job, 
         wrong(f"--ray-address {options.ray_address}: {error}")
 
     def task(root: str, job: dict, retries: int) -> str:  # travels whole, needs nothing installed
+        # Ray cancels with SIGINT, which what is started in the background by a shell ignores.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path.insert(0, root)
         from benchmark import jobs
 
