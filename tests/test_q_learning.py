@@ -241,9 +241,9 @@ def test_polyak_update(q_script):
 
 # ---- Whole runs ----------------------------------------------------------------------------------
 
-PROBE = """--learning-rate 0.003 --gamma 0.9 --total-timesteps 6000 --log-frequency 500 --num-envs 4
---learning-starts 200 --batch-size 64 --target-frequency 100 --tau 1 --exploration-steps 2000
---eval-episodes 2""".split()
+PROBE = """--learning-rate 0.003 --gamma 0.9 --total-timesteps 4000 --log-frequency 500 --num-envs 4
+--learning-starts 200 --batch-size 64 --train-frequency 4 --target-frequency 100 --tau 1
+--exploration-steps 2000 --eval-episodes 2""".split()
 
 
 def learn(script, folder, probe, *extra):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from test_sweep import (
-    JOBS,
     assert_same_runs,
     begin,
     environment,
@@ -26,6 +25,7 @@ from test_sweep import (
 
 pytest.importorskip("ray")
 
+JOBS = int(os.environ.get("JOBS", 2))  # more for the full trial, as in test_sweep.py
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -87,8 +87,8 @@ def test_a_node_is_killed_and_every_job_completes(tmp_path, cluster):
 
     The last test of the cluster, as it leaves only one node of it."""
     address, extra, short = cluster
-    more = "--checkpoint-frequency 512"
-    path = suite(tmp_path, seeds=range(1, JOBS + 1), steps=40_960, more=more)
+    more = "--checkpoint-frequency 2048"
+    path = suite(tmp_path, seeds=range(JOBS), steps=40_960, more=more)
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     sweep(path, "--run-root", calm)
     nodes = raylets(short)

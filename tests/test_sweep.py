@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import re
@@ -13,9 +14,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conftest import ROOT, TESTS, checkpoint, environ, metrics, same, without_times
+
+from benchmark.sweep import main
 
 SHORT = "--num-envs 2 --num-steps 64 --num-minibatches 4 --update-epochs 2 --eval-episodes 2"
 JOBS = int(os.environ.get("JOBS", 3))  # the full trial: JOBS=24 python -m pytest -k kill
@@ -46,6 +51,28 @@ def sweep(*arguments, code=0, cwd=ROOT, **extra):
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def plan(*arguments, code=0, cwd=ROOT):
+    """A sweep that starts no job, in this process: what it printed."""
+    out, err, returncode = io.StringIO(), io.StringIO(), 0
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    with (
+        contextlib.chdir(cwd),
+        mock.patch.object(sys, "argv", ["sweep.py", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as stopped:
+            returncode = stopped.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    assert returncode == code, f"exit code {returncode}\n{out.getvalue()}\n{err.getvalue()}"
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def begin(*arguments, **extra):
@@ -109,22 +136,22 @@ def test_a_sweep_completes_and_a_second_one_has_nothing_to_do(tmp_path):
 
 def test_commands_of_a_dry_run_can_be_pasted(tmp_path):
     root = tmp_path / "r"
-    printed = sweep(suite(tmp_path), "--run-root", root, "--dry-run", "--seeds", 3).stdout
+    printed = plan(suite(tmp_path), "--run-root", root, "--dry-run", "--seeds", 2).stdout
     lines = printed.splitlines()
-    assert len(lines) == 3 and not root.exists()
+    assert len(lines) == 2 and not root.exists()
     for line in lines:
         assert line.startswith("python ppo_continuous.py --env-id Pendulum-v1 --seed ")
         pasted = [sys.executable, *shlex.split(line)[1:]]
         subprocess.run(pasted, cwd=ROOT, env=environ(), check=True, capture_output=True)
-    again = sweep(suite(tmp_path), "--run-root", root, "--dry-run", "--seeds", 3).stdout
+    again = plan(suite(tmp_path), "--run-root", root, "--dry-run", "--seeds", 2).stdout
     assert again.splitlines() == [f"# complete: {line}" for line in lines]
-    assert "3 of 3 complete" in sweep(suite(tmp_path), "--run-root", root, "--seeds", 3).stdout
+    assert "2 of 2 complete" in plan(suite(tmp_path), "--run-root", root, "--seeds", 2).stdout
     assert not (root / "logs").exists()  # nothing was started
 
 
 def test_overrides(tmp_path):
     def commands(*arguments):
-        return sweep(suite(tmp_path, seeds=(4, 9)), "--dry-run", *arguments).stdout.splitlines()
+        return plan(suite(tmp_path, seeds=(4, 9)), "--dry-run", *arguments).stdout.splitlines()
 
     def seeds(*arguments):
         return [int(shlex.split(line)[5]) for line in commands(*arguments)]
@@ -160,7 +187,7 @@ def test_mistakes_are_refused_before_anything_starts(tmp_path, arguments, said):
     (tmp_path / "empty.toml").write_text("")
     path = suite(tmp_path)
     arguments = [str(path) if word == "SUITE" else word for word in arguments]
-    done = sweep(*arguments, "--run-root", tmp_path / "r", code=2, cwd=tmp_path)
+    done = plan(*arguments, "--run-root", tmp_path / "r", code=2, cwd=tmp_path)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and said in last and "Traceback" not in done.stderr
     assert not (tmp_path / "r").exists()
@@ -168,7 +195,7 @@ def test_mistakes_are_refused_before_anything_starts(tmp_path, arguments, said):
 
 def test_a_run_root_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    done = sweep(suite(tmp_path), "--run-root", tmp_path / "file" / "r", code=2)
+    done = plan(suite(tmp_path), "--run-root", tmp_path / "file" / "r", code=2)
     assert done.stderr.splitlines()[-1].startswith("error: --run-root ")
     assert "Traceback" not in done.stderr
 
@@ -177,7 +204,7 @@ def test_the_suites_that_come_with_it_are_sound():
     for path in sorted((ROOT / "benchmark" / "suites").glob("*.toml")):
         here = {p.stem for p in ROOT.glob("*.py")}
         if any(f'"{name}"' in path.read_text() for name in here):
-            assert sweep(path.stem, "--dry-run").stdout.startswith("python ")
+            assert plan(path.stem, "--dry-run").stdout.startswith("python ")
 
 
 def test_kill_9_of_the_sweep_and_of_jobs(tmp_path):
@@ -218,7 +245,7 @@ def test_a_signal_lets_the_jobs_checkpoint(tmp_path, number, code):
     for folder in folders(root):
         assert checkpoint(folder)["global_step"] == step(folder) > 0
     assert not processes(root)
-    printed = sweep(path, "--run-root", root, "--dry-run").stdout.splitlines()
+    printed = plan(path, "--run-root", root, "--dry-run").stdout.splitlines()
     assert all("--resume" in line for line in printed)
 
 
@@ -281,57 +308,59 @@ def test_what_would_fail_again_is_not_retried(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """A sweep of five jobs that has ended."""
     folder = tmp_path_factory.mktemp("finished")
-    sweep(suite(folder, seeds=(1,)), "--run-root", folder / "r")
+    sweep(suite(folder, seeds=range(1, 6)), "--run-root", folder / "r")
     return folder
 
 
-@pytest.mark.parametrize("what", ["arguments", "sha256", "script", "torn args", "array"])
-def test_another_run_in_the_folder_is_kept_aside(tmp_path, finished, what):
+def test_another_run_in_the_folder_is_kept_aside(tmp_path, finished):
     """Complete means: these arguments, this script. What is there instead is never overwritten."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    (folder,) = folders(tmp_path / "r")
-    about = json.loads((folder / "args.json").read_text())
-    if what == "arguments":
-        about["args"]["gamma"] = 0.5
-    elif what in ("sha256", "script"):
-        about[what] = "other"
-    text = json.dumps([] if what == "array" else about)
-    (folder / "args.json").write_text(text[:-5] if what == "torn args" else text)
-    old = (folder / "metrics.jsonl").read_bytes()
-    done = sweep(suite(tmp_path, seeds=(1,)), "--run-root", tmp_path / "r")
-    assert "holds another run" in done.stdout
-    assert (folder.with_name(f"{folder.name}.old-1") / "metrics.jsonl").read_bytes() == old
-    assert "1 of 1 complete" in done.stdout
+    old = {}
+    kinds = ("arguments", "sha256", "script", "torn args", "array")
+    for folder, what in zip(folders(tmp_path / "r"), kinds, strict=True):
+        about = json.loads((folder / "args.json").read_text())
+        if what == "arguments":
+            about["args"]["gamma"] = 0.5
+        elif what in ("sha256", "script"):
+            about[what] = "other"
+        text = json.dumps([] if what == "array" else about)
+        (folder / "args.json").write_text(text[:-5] if what == "torn args" else text)
+        old[folder] = (folder / "metrics.jsonl").read_bytes()
+    done = sweep(suite(tmp_path, seeds=range(1, 6)), "--run-root", tmp_path / "r")
+    assert done.stdout.count("holds another run") == 5 and "5 of 5 complete" in done.stdout
+    for folder, lines in old.items():
+        assert (folder.with_name(f"{folder.name}.old-1") / "metrics.jsonl").read_bytes() == lines
 
 
-@pytest.mark.parametrize(
-    "what", ["no evaluation", "torn line", "no metrics", "no checkpoint", "early evaluation"]
-)
-def test_incomplete_runs_are_resumed(tmp_path, finished, what):
+def test_incomplete_runs_are_resumed(tmp_path, finished):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    (folder,) = folders(tmp_path / "r")
-    path = folder / "metrics.jsonl"
-    whole, lines = metrics(folder), path.read_text().splitlines(keepends=True)
-    if what == "no evaluation":
-        path.write_text("".join(lines[:-1]))
-    elif what == "torn line":
-        path.write_text("".join(lines)[:-9])
-    elif what == "no metrics":
-        path.unlink()
-    else:
-        early = json.dumps(json.loads(lines[-1]) | {"global_step": 256}) + "\n"
-        path.write_text("".join(lines[:2]) + (early if what == "early evaluation" else ""))
-        (folder / "checkpoint.pt").unlink()
-    sweep(suite(tmp_path, seeds=(1,)), "--run-root", tmp_path / "r")
-    lost = len(whole) - 1 if what == "no metrics" else 0  # only the evaluation comes back
-    assert without_times(metrics(folder)) == without_times(whole)[lost:]
+    whole = {}
+    kinds = ("no evaluation", "torn line", "no metrics", "no checkpoint", "early evaluation")
+    for folder, what in zip(folders(tmp_path / "r"), kinds, strict=True):
+        path = folder / "metrics.jsonl"
+        whole[folder, what], lines = metrics(folder), path.read_text().splitlines(keepends=True)
+        if what == "no evaluation":
+            path.write_text("".join(lines[:-1]))
+        elif what == "torn line":
+            path.write_text("".join(lines)[:-9])
+        elif what == "no metrics":
+            path.unlink()
+        else:
+            early = json.dumps(json.loads(lines[-1]) | {"global_step": 256}) + "\n"
+            path.write_text("".join(lines[:2]) + (early if what == "early evaluation" else ""))
+            (folder / "checkpoint.pt").unlink()
+    sweep(suite(tmp_path, seeds=range(1, 6)), "--run-root", tmp_path / "r")
+    for (folder, what), lines in whole.items():
+        lost = len(lines) - 1 if what == "no metrics" else 0  # only the evaluation comes back
+        assert without_times(metrics(folder)) == without_times(lines)[lost:], what
 
 
 def test_the_live_table(tmp_path):
     """In a terminal: a table with every state, and the summary after it."""
     pty = pytest.importorskip("pty")
-    path, root = suite(tmp_path, steps=20_000), tmp_path / "r"
+    path, root = suite(tmp_path, steps=8_000), tmp_path / "r"
     ours, theirs = pty.openpty()
     running = subprocess.Popen(
         words(path, "--run-root", root, "--workers", 1),
