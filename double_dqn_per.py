@@ -34,21 +34,24 @@ Deviations from the papers:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
+import multiprocessing
 import os
-import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, NoReturn
 
@@ -56,7 +59,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -120,7 +123,11 @@ class Args:
     env_id: str = "CartPole-v1"
     """Gymnasium environment; "module:Name-v0" imports the module first, "ALE/Name-v5" is Atari."""
     num_envs: Count = 1
-    """Environments stepped together in this process."""
+    """Environments stepped together."""
+    env_kwargs: Json = field(default_factory=dict)
+    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
+    async_envs: bool = False
+    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
     sticky_actions: float = 0.0
     """Atari: probability that a frame repeats the last action. DQN papers: 0, Gymnasium: 0.25."""
     clip_rewards: bool = True
@@ -130,7 +137,7 @@ class Args:
 
     # Run
     seed: Count = 1
-    """Seed of everything random; a run repeats exactly on the same machine and threads."""
+    """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = Default(500_000, atari=10_000_000)
     """Environment steps over all environments together; rounded up to whole iterations."""
     run_dir: Text = None
@@ -208,7 +215,7 @@ def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma:
 
     Shapes: all (B,) -> (B,). Source: Mnih et al. 2015, Algorithm 1.
     """
-    return rewards + gamma * (1 - terminations) * next_values
+    return rewards + gamma * next_values.masked_fill(terminations > 0, 0)
 
 
 def double_q_target(
@@ -293,6 +300,11 @@ class PrioritizedReplayBuffer:
             self.write(cut, next_obs[cut], -1, 0, 0)
         self.next_age[dones] = 0
 
+    def end_episodes(self, lost: np.ndarray) -> None:
+        """Leave out the newest transitions of environments whose next row begins an episode."""
+        self.actions[self.next_row[lost] - self.num_envs] = -1
+        self.next_age[lost] = 0
+
     def write(self, env_ids, obs, actions, rewards, terminations) -> None:
         """Write one row for each of these environments."""
         i = self.next_row[env_ids]
@@ -308,10 +320,10 @@ class PrioritizedReplayBuffer:
         self.next_age[env_ids] = np.minimum(self.next_age[env_ids] + 1, self.stack)
         self.filled = max(self.filled, int(i.max()) + 1)
 
-    def sample(self, batch_size: int) -> tuple[np.ndarray, Tensor, Batch]:
+    def sample(self, batch_size: int, rng: Rng) -> tuple[np.ndarray, Tensor, Batch]:
         """Indices, probabilities and transitions, one from each of B equal ranges of the sum."""
         total = self.tree.levels[0].sum()
-        sums = (np.arange(batch_size) + np.random.random(batch_size)) / batch_size * total
+        sums = (np.arange(batch_size) + rng.random(batch_size)) / batch_size * total
         indices = self.tree.find(sums)
         return indices, torch.from_numpy(self.priorities[indices] / total), self.read(indices)
 
@@ -346,8 +358,9 @@ class PrioritizedReplayBuffer:
 
 def train(args: Args) -> None:
     # Setup
-    device = setup(args)
+    device, rng = setup(args)
     envs = make_envs(args)
+    torch.manual_seed(args.seed)  # for the initial weights; everything else draws from rng
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
     num_actions, first_action = int(action_space.n), int(action_space.start)
 
@@ -379,25 +392,28 @@ def train(args: Args) -> None:
         torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
         gradient_step = torch.compile(gradient_step, fullgraph=True)
     state = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
-    state |= {"envs": envs, "buffer": buffer}
-    run = Run(args, device, state, deterministic_policy)
+    state |= {"buffer": buffer, "rng": rng}
+    run = Run(args, device, envs, state, deterministic_policy)
     global_step = run.restore() if args.resume or args.evaluate else 0
     if args.evaluate:
         run.finish()
         return
+    buffer.end_episodes(run.lost_episodes)
     run.begin()
-    obs, lives = envs.obs, count_lives(envs)
+    obs, lives = np.stack(envs.get_attr("obs")), count_lives(args, envs)
     minibatch_metrics = []
     iteration_steps = math.ceil(args.log_frequency / args.num_envs) * args.num_envs
     last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
+    if last_step < args.learning_starts:
+        warn(f"nothing is learned before step {args.learning_starts}, --learning-starts")
 
     while global_step < last_step:
         # 1. Act
         epsilon = linear_schedule(
             global_step, args.exploration_steps, args.epsilon_start, args.epsilon_end
         )
-        explore = np.random.random(args.num_envs) < epsilon
-        actions = np.random.randint(num_actions, size=args.num_envs)
+        explore = rng.random(args.num_envs) < epsilon
+        actions = rng.integers(num_actions, size=args.num_envs)
         if not explore.all():
             actions = np.where(explore, actions, greedy_actions(obs))
 
@@ -413,7 +429,7 @@ def train(args: Args) -> None:
         if args.atari and args.clip_rewards:  # only to learn from; logged returns are the game's
             rewards = rewards.clip(-1, 1)
         if args.atari and args.episodic_life:
-            last_lives, lives = lives, count_lives(envs)
+            last_lives, lives = lives, count_lives(args, envs)
             terminations = terminations | ((lives < last_lives) & ~dones)
         buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
 
@@ -423,7 +439,7 @@ def train(args: Args) -> None:
             learns = global_step >= args.learning_starts and buffer.filled > args.num_envs
             if learns and due(global_step, args.train_frequency):
                 # 3. Targets
-                indices, probabilities, batch = buffer.sample(args.batch_size)  # B, eq. 1
+                indices, probabilities, batch = buffer.sample(args.batch_size, rng)  # B, eq. 1
                 batch = Batch(*(part.to(device) for part in batch))
                 with torch.no_grad():
                     target_q = target_network(batch.next_obs)
@@ -459,11 +475,10 @@ def train(args: Args) -> None:
 
 def resolve_defaults(args: Args) -> None:
     """Replace the defaults that depend on the environment by their values."""
-    for field in fields(args):
-        value = getattr(args, field.name)
+    for name, value in list(vars(args).items()):
         if isinstance(value, Default):
             chosen = value.atari if args.atari else value.vectors
-            object.__setattr__(args, field.name, chosen)  # as Args are frozen
+            object.__setattr__(args, name, chosen)  # as Args are frozen
 
 
 def check_args(args: Args) -> None:
@@ -536,37 +551,42 @@ def make_optimizer(args: Args, q_network: nn.Module) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """Move the target's parameters towards the source's by the share tau; 1 copies them."""
+    """Move the target's parameters towards the source's by the share tau; copy the buffers."""
     for old, new in zip(target.parameters(), source.parameters(), strict=True):
         old.lerp_(new, tau)
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):
+        old.copy_(new)
 
 
 # ---- Environments and replay memory --------------------------------------------------------------
 
 
-class ReplayableVectorEnv(SyncVectorEnv):
-    """Environments that are stepped in turn, and whose state can be saved."""
-
-    @property
-    def obs(self) -> np.ndarray:
-        """The newest observations. Shapes: (num_envs, ...)."""
-        return np.stack([env.obs for env in self.envs])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"envs": [env.state_dict() for env in self.envs]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for env, env_state in zip(self.envs, state["envs"], strict=True):
-            env.load_state_dict(env_state)
-
-
-def make_envs(args: Args) -> ReplayableVectorEnv:
+def make_envs(args: Args) -> VectorEnv:
     """`num_envs` environments. One whose episode ends is reset in the same step."""
-    env_fns = [lambda: make_env(args)] * args.num_envs
-    envs = ReplayableVectorEnv(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
+
+    def env_fn() -> gym.Env:
+        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        return make_env(args)
+
+    apart = args.async_envs and not args.evaluate
+    together = ParallelGames if args.atari else SyncVectorEnv
+    vector_env = AsyncVectorEnv if apart else together
+    envs = vector_env([env_fn] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    atexit.register(close, envs)
     seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
     envs.reset(seed=[int(seed) for seed in seeds])
     return envs
+
+
+class ParallelGames(SyncVectorEnv):
+    """Games that step at the same time, each in a thread of its own."""
+
+    def step(self, actions: np.ndarray) -> tuple:
+        for env, action in zip(self.envs, actions, strict=True):
+            env.unwrapped.send(action)
+        return super().step(actions)
 
 
 class AtariGame(gym.Env):
@@ -578,21 +598,31 @@ class AtariGame(gym.Env):
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
 
-    def __init__(self, game: str, sticky_actions: float, render_mode: str | None) -> None:
+    def __init__(self, args: Args, render_mode: str | None) -> None:
         from ale_py.vector_env import AtariVectorEnv
 
-        options = {"reward_clipping": False, "repeat_action_probability": sticky_actions}
-        self.game = AtariVectorEnv(game, num_envs=1, num_threads=1, **options)
+        options = {"reward_clipping": False, "repeat_action_probability": args.sticky_actions}
+        game = gym.spec(args.env_id).kwargs["game"]
+        self.game = AtariVectorEnv(game, num_envs=1, num_threads=1, **options, **args.env_kwargs)
         self.observation_space = self.game.single_observation_space
         self.action_space, self.render_mode = self.game.single_action_space, render_mode
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
-        obs, info = self.game.reset(seed=None if seed is None else seed % 2**31)
+        obs, info = self.game.reset(seed=seed)
         self.frames, self.lives = obs[0], int(info["lives"][0])
+        self.begun = False
         return self.frames, {}
 
+    def send(self, action: np.ndarray) -> None:
+        """Begin a step; `step` waits for its end."""
+        self.game.send(np.array([action]))
+        self.begun = True
+
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
-        obs, rewards, terminations, truncations, info = self.game.step(np.array([action]))
+        if not self.begun:
+            self.send(action)
+        self.begun = False
+        obs, rewards, terminations, truncations, info = self.game.recv()
         self.frames, self.lives = obs[0], int(info["lives"][0])
         return self.frames, float(rewards[0]), bool(terminations[0]), bool(truncations[0]), {}
 
@@ -602,28 +632,25 @@ class AtariGame(gym.Env):
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment with discrete actions, and vectors or Atari's pictures to observe."""
-    try:
-        if args.atari:
+    old_name = args.env_id.split("NoFrameskip")[0].split("Deterministic")[0].split("-v")[0]
+    render = {"render_mode": render_mode} if render_mode else {}
+    with making(args):
+        with contextlib.suppress(ImportError if not args.atari else ()):
             __import__("ale_py")  # registers the games
-            game = gym.spec(args.env_id).kwargs["game"]
-            return ReplayableEnv(AtariGame(game, args.sticky_actions, render_mode))
-        env = gym.make(args.env_id, **({"render_mode": render_mode} if render_mode else {}))
-    except (gym.error.Error, ImportError) as error:
-        stop(f"error: --env-id {args.env_id}: {error}")
-    obs_space, action_space = env.observation_space, env.action_space
+        if args.atari:
+            return ReplayableEnv(AtariGame(args, render_mode))
+        if args.env_id not in gym.registry and f"ALE/{old_name}-v5" in gym.registry:
+            raise gym.error.NameNotFound(f"this game is ALE/{old_name}-v5 today")
+        env = gym.make(args.env_id, **(args.env_kwargs | render))
+    action_space = env.action_space
     if not isinstance(action_space, gym.spaces.Discrete):
         stop(f"error: --env-id {args.env_id}: needs Discrete actions, this one has {action_space}")
-    parts = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
-    if not obs_space.is_np_flattenable or any(len(part.shape or ()) > 2 for part in parts):
-        stop(f"error: --env-id {args.env_id}: needs vectors, a Dict or a game, not {obs_space}")
-    if obs_space.shape is None or len(obs_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    return ReplayableEnv(env)
+    return ReplayableEnv(flatten_observations(args, env))
 
 
-def count_lives(envs: ReplayableVectorEnv) -> np.ndarray:
-    """Lives that are left in each game; 0 where there are none to lose. Shapes: (num_envs,)."""
-    return np.array([getattr(env.unwrapped, "lives", 0) for env in envs.envs])
+def count_lives(args: Args, envs: VectorEnv) -> np.ndarray:
+    """Lives that are left in each game; 0 in what is none. Shapes: (num_envs,)."""
+    return np.array(envs.get_attr("lives") if args.atari else [0] * args.num_envs)
 
 
 def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> PrioritizedReplayBuffer:
@@ -656,13 +683,19 @@ def parse_count(text: str) -> int:
     return int(float(text)) if "e" in text.lower() or "." in text else int(text)
 
 
-Count = Annotated[
-    int,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1, metavar="INT", instance_from_str=lambda texts: parse_count(texts[0]),
-        is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [f"{x:_}"],
-    ),
-]
+def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
+    """Annotation of a flag that is read by `parse` and printed by `show`."""
+    return Annotated[
+        kind,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+        ),
+    ]
+
+
+Count = flag_type(int, "INT", parse_count, "{:_}".format)
+Json = flag_type(dict, "JSON", json.loads, json.dumps)
 Text = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
 
 
@@ -680,6 +713,7 @@ def check_run_args(args: Any) -> None:
     require(args, counts, lambda x: x >= 1, "at least 1")
     require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
     require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
+    require(args, "env_kwargs", lambda x: isinstance(x, dict), "a JSON object")
     require(args, "resume evaluate", lambda x: x != "", "the path of a run folder")
     require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
 
@@ -695,7 +729,7 @@ def parse_args(args_class: type) -> Any:
         if about["script"] != SCRIPT.name:
             stop(f"error: {flag} {folder}: a run of {about['script']}: use that script")
         if about["sha256"] != SHA256:
-            tqdm.write(f"warning: {SCRIPT.name} has changed since {folder} began", file=sys.stderr)
+            warn(f"{SCRIPT.name} has changed since {folder} began")
         names = {field.name for field in fields(args_class)} & about["args"].keys()
         here = {"run_dir": folder, "resume": args.resume, "evaluate": args.evaluate}
         old = args_class(**{name: about["args"][name] for name in names} | here)
@@ -709,6 +743,8 @@ def parse_args(args_class: type) -> Any:
         if now != was and (name not in free.split() or (name == "total_timesteps" and now < was)):
             name = name.replace("_", "-")
             stop(f"error: {flag} {folder}: --{name} is {was} there and cannot become {now}")
+    if args.total_timesteps > old.total_timesteps:
+        warn("what falls or rises until --total-timesteps, as a learning rate, jumps back")
     return args
 
 
@@ -718,45 +754,71 @@ def stop(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def setup(args: Any) -> torch.device:
-    """Seed every generator, set the number of threads, and return the device."""
-    if args.compile and not args.evaluate and not shutil.which(os.environ.get("CXX", "g++")):
-        stop("error: --compile needs a C++ compiler, such as g++, and found none")
-    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a display
-    torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def setup(args: Any) -> tuple[torch.device, Rng]:
+    """Set the number of threads. Returns the device and the generator of this run."""
     found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
     if args.device not in ["auto", *found]:
         stop(f"error: --device {args.device}: torch finds none here; use auto or cpu")
-    return torch.device(found[0] if args.device == "auto" else args.device)
+    device = torch.device(found[0] if args.device == "auto" else args.device)
+    compiles = args.compile and not args.evaluate and device.type == "cpu"
+    if compiles and not shutil.which(os.environ.get("CXX", "g++")):
+        stop("error: --compile needs a C++ compiler, such as g++, and found none")
+    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a display
+    sys.path.append("")  # so that "module:Name-v0" is found in the working directory, too
+    torch.set_num_threads(args.torch_threads)
+    return device, Rng(np.random.PCG64(args.seed))
+
+
+class Rng(np.random.Generator):
+    """The run's own random numbers; an environment may seed or use NumPy's global ones."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.bit_generator.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bit_generator.state = state
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Which code runs, and on what."""
     names = [x for x in ("torch", "gymnasium", "numpy", "mujoco") if x in sys.modules]
     versions = {name: sys.modules[name].__version__ for name in names}
-    git = [shutil.which("git") or "false", "-C", str(SCRIPT.parent), "rev-parse", "--verify"]
-    commit = subprocess.run([*git, "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = {"script": SCRIPT.name, "sha256": SHA256, "git": commit or None, "device": str(device)}
+    about = {"script": SCRIPT.name, "sha256": SHA256, "git": None, "device": str(device)}
+    with contextlib.suppress(OSError):  # without git, the commit is None
+        git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "HEAD"]
+        about["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return about | {"versions": versions | {"python": sys.version.split()[0]}}
 
 
-def rng_state() -> dict[str, Any]:
-    """State of the global generators but MPS's, as torch.load(weights_only=True) accepts it."""
-    name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return state | {"torch": torch.get_rng_state(), "cuda": cuda}
+@contextlib.contextmanager
+def making(args: Any) -> Iterator[None]:
+    """Turn what keeps an environment from being made into a one-line exit."""
+    try:
+        yield
+    except Exception as error:  # environments refuse --env-kwargs in many ways
+        if not args.env_kwargs and not isinstance(error, gym.error.Error | ImportError):
+            raise
+        kwargs = f" --env-kwargs '{json.dumps(args.env_kwargs)}'" if args.env_kwargs else ""
+        stop(f"error: --env-id {args.env_id}{kwargs}: {str(error) or repr(error)}")
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
+    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
+    numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
+    parts = {"it": space}
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts = dict(space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space))
+    for key, part in parts.items():
+        if not isinstance(part, numbers) or len(part.shape) > 2:
+            stop(f"error: --env-id {args.env_id}: needs vectors to observe, but {key} is {part}")
+    is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if is_vector else gym.wrappers.FlattenObservation(env)
 
 
 class ReplayableEnv(gym.Wrapper):
@@ -766,11 +828,14 @@ class ReplayableEnv(gym.Wrapper):
     out different, a new one starts. `info` holds return and length on an episode's last step.
     """
 
+    SAVED = ("seed", "episode", "length", "episodic_return", "actions", "obs")
+    lost_episode = False  # whether the last restoring came out different
+
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         if seed is not None:
             self.seed, self.episode = seed, 0
         episode_seed = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
-        obs, _ = self.env.reset(seed=int(episode_seed), options=options)
+        obs, _ = self.env.reset(seed=int(episode_seed) // 2, options=options)  # below 2**31
         self.episode += 1
         self.actions, self.length = [], 0
         self.episodic_return = 0.0
@@ -781,52 +846,78 @@ class ReplayableEnv(gym.Wrapper):
         if self.length < LONGEST_EPISODE:
             self.actions.append(np.array(action))  # a copy: some environments change their action
         obs, reward, termination, truncation, _ = self.env.step(action)
+        reward = np.asarray(reward).item()  # some environments return an array of one number
         self.obs = np.array(obs)
         self.length += 1
         self.episodic_return += float(reward)
+        if not (termination or truncation):
+            return self.obs, reward, termination, truncation, {}
+        if not (math.isfinite(self.episodic_return) and np.isfinite(self.obs).all()):
+            warn("the environment sent a reward or an observation that is not finite")
         ended = {"return": self.episodic_return, "length": self.length}
-        return self.obs, reward, termination, truncation, ended if termination or truncation else {}
+        return self.obs, reward, termination, truncation, ended
 
-    def state_dict(self) -> dict[str, Any]:
-        names = ("seed", "episode", "length", "episodic_return")
-        tensors = {"actions": torch.tensor(np.array(self.actions)), "obs": torch.tensor(self.obs)}
-        return {name: getattr(self, name) for name in names} | tensors
+    @property
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """What restores the environment; setting it does so."""
+        return {name: np.array(getattr(self, name)) for name in self.SAVED}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.seed, self.episode = state["seed"], state["episode"] - 1
-        exact = False
+    @snapshot.setter
+    def snapshot(self, saved: dict[str, np.ndarray]) -> None:
+        self.seed, self.episode = int(saved["seed"]), int(saved["episode"]) - 1
+        self.lost_episode = True
         with contextlib.suppress(Exception):  # an episode that differs may raise anything
             self.reset()
-            for action in state["actions"].numpy():
+            for action in saved["actions"]:
                 self.step(action)
-            same_obs = np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True)
-            exact = same_obs and self.episodic_return == state["episodic_return"]
-        if not exact:
-            tqdm.write("warning: environment not restored, a new episode starts", sys.stderr)
+            now = self.snapshot
+            same = (np.array_equal(now[x], saved[x], equal_nan=True) for x in self.SAVED)
+            self.lost_episode = not all(same)
+        if self.lost_episode:
+            warn("environment not restored, a new episode starts")
             self.reset()
+
+
+def close(envs: gym.Env | VectorEnv) -> None:
+    """Close environments, once. An error in that costs a line, not the run."""
+    if not getattr(envs, "closed", False):
+        for env in getattr(envs, "envs", [envs]):
+            try:
+                env.close()
+            except Exception as error:
+                warn(f"an environment could not be closed: {error!r}")
+        envs.closed = True  # so that neither Gymnasium nor the end of the process does it again
+        for process in getattr(envs, "processes", ()):
+            process.kill()
 
 
 class Run:
     """A run and its folder. Knows nothing of the algorithm.
 
-    `state` names everything that must survive a kill; each part has state_dict() and
-    load_state_dict(). `policy` maps one observation to the deterministic action.
+    `state` names everything else that must survive a kill; each part has state_dict() and
+    load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
+    `policy` maps one observation to the deterministic action.
     """
 
-    SAVED = ("global_step", "wall_time", "wandb_id")
+    SAVED = ("global_step", "wall_time", "eval_due", "wandb_id")
+    TRAINING_ONLY = ("optimizer", "buffer", "rng")
 
-    def __init__(self, args: Any, device: torch.device, state: dict, policy: Callable) -> None:
-        self.args, self.device = args, device
+    def __init__(
+        self, args: Any, device: torch.device, envs: VectorEnv, state: dict, policy: Callable
+    ) -> None:
+        self.args, self.device, self.envs = args, device, envs
         self.state, self.policy = state, policy
-        name = f"{args.env_id.replace('/', '-')}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
-        self.dir = Path(args.run_dir or f"runs/{name}")
+        name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
+        self.eval_due = False  # whether an evaluation at this step is still to come
+        self.lost_episodes = np.zeros(args.num_envs, np.bool_)  # by environments, in restore
         self.wandb, self.wandb_id = None, None
         self.episodes = []  # (return, length) of those that ended since the last line of metrics
         self.recent_return = "no episode yet"
         self.result = {}  # the last evaluation, if nothing was learned since
         self.bar, self.last_line = tqdm(disable=True), 0.0
-        self.signal = 0
+        self.signal, self.signal_time = 0, 0.0
         self.refuse_what_would_fail()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -835,9 +926,14 @@ class Run:
     def finished(self) -> bool:
         return self.global_step >= self.args.total_timesteps
 
+    def again(self, flag: str = "--resume") -> str:
+        """A command that can be pasted anywhere."""
+        return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
+
     def refuse_what_would_fail(self) -> None:
         """Report the user's mistakes that can be seen before any file is written."""
-        if (self.dir / "args.json").exists() and not (self.args.resume or self.args.evaluate):
+        new = self.args.run_dir and not self.args.resume and not self.args.evaluate
+        if new and (self.dir / "args.json").exists():
             stop(f"error: --run-dir {self.dir} holds a run: name another, or --resume {self.dir}")
         tracks = self.args.track and not self.args.evaluate
         if tracks and not getattr(importlib.util.find_spec("wandb"), "origin", None):
@@ -845,10 +941,11 @@ class Run:
         if self.args.capture_video:
             try:
                 import moviepy  # noqa: F401  RecordVideo needs it
-                env = make_env(self.args, "rgb_array")
-                env.reset(seed=0)
-                env.render()
-                env.close()
+                with contextlib.closing(make_env(self.args, "rgb_array")) as env:
+                    env.reset(seed=0)
+                    frame, rate = env.render(), env.metadata.get("render_fps", 30)
+                if np.ndim(frame) != 3 or not rate:
+                    raise ValueError(f"{rate} frames per second, shape {np.shape(frame)}")
             except Exception as error:  # each renderer raises its own
                 stop(f"error: --capture-video: cannot render {self.args.env_id} here: {error!r}")
 
@@ -858,7 +955,7 @@ class Run:
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-            way_out = f"make room, then --resume {self.dir}, or name another --run-dir"
+            way_out = f"make room, then {self.again()}, or name another --run-dir"
             stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
 
     def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
@@ -874,15 +971,42 @@ class Run:
         """Start the clock, the run folder, wandb and the progress bar."""
         self.start_time = time.time() - self.wall_time
         with self.writing():
+            self.claim_folder()
             self.open_folder()
         if self.args.track:
             self.start_wandb()
+        saved = [x for x in self.state.values() if isinstance(x, nn.Module)]
+        saved = {id(weight) for module in saved for weight in module.parameters()}
+        groups = [group for x in self.state.values() for group in getattr(x, "param_groups", ())]
+        if any(id(weight) not in saved for group in groups for weight in group["params"]):
+            warn("a network that is trained is not in `state`: a resume would lose it")
         total, begun = self.args.total_timesteps, self.global_step
         self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
+        if self.eval_due and not self.result:
+            self.evaluate()
+            self.stop_if_asked()
+
+    def claim_folder(self) -> None:
+        """Make the folder, if that is left to do, and keep other processes from training in it."""
+        name = self.dir.name
+        for number in itertools.count(2):
+            try:
+                self.dir.mkdir(parents=True, exist_ok=self.args.run_dir is not None)
+                break
+            except FileExistsError:
+                if self.args.run_dir:
+                    raise
+                self.dir = self.dir.with_name(f"{name}__{number}")  # begun in the same second
+        self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+            try:
+                fcntl.lockf(self.script, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                stop(f"error: --run-dir {self.dir}: another process trains in it")
 
     def open_folder(self) -> None:
-        """Make the folder of a new run, or cut a resumed one's metrics back to its checkpoint."""
-        self.dir.mkdir(parents=True, exist_ok=True)
+        """Begin the files of a new run, or cut a resumed one's metrics back to its checkpoint."""
         about, lines = describe(self.device), []
         if self.args.resume:
             about = json.loads((self.dir / "args.json").read_text())
@@ -890,14 +1014,18 @@ class Run:
                 for text in (self.dir / "metrics.jsonl").read_text().splitlines():
                     lines.append(json.loads(text))
         lines = [line for line in lines if line["global_step"] <= self.global_step]
-        if self.finished and (lines or [{}])[-1].get("eval/episodes") == self.args.eval_episodes:
-            self.result = {key: x for key, x in lines[-1].items() if key.startswith("eval/")}
+        last = lines[-1] if lines else {}
+        if last.get("eval/episodes") == self.args.eval_episodes:
+            names = ("eval/episodic_return", "eval/episodic_return_std", "eval/episodes")
+            self.result = {name: last.get(name, math.nan) for name in names}
         about["args"] = asdict(self.args) | {"resume": None, "evaluate": None}
         metrics = "".join(json.dumps(line) + "\n" for line in lines)
         self.write_whole("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
         self.write_whole("metrics.jsonl", lambda file: file.write(metrics.encode()))
         if not self.args.resume and self.dir.resolve() != SCRIPT.parent:
-            shutil.copyfile(SCRIPT, self.dir / SCRIPT.name)
+            self.script.truncate(0)
+            self.script.write(SCRIPT.read_bytes())
+            self.script.flush()
 
     def start_wandb(self) -> None:
         """Log online where a key and the network allow it, otherwise offline; never ask."""
@@ -920,13 +1048,26 @@ class Run:
         self.wandb.define_metric("*", step_metric="global_step")
 
     def on_signal(self, number: int, frame: Any) -> None:
-        self.signal = number
-        os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
-        signal.signal(number, signal.SIG_DFL)
+        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        if self.signal and time.monotonic() > self.signal_time + 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+            os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
+
+    def stop_if_asked(self, flag: str = "--resume") -> None:
+        """End here if a signal came."""
+        if self.signal:
+            self.bar.close()
+            stop(f"stopped; go on: {self.again(flag)}", 128 + self.signal)
 
     def save_checkpoint(self) -> None:
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
-        checkpoint |= {name: getattr(self, name) for name in self.SAVED} | {"rng": rng_state()}
+        snapshots = self.envs.get_attr("snapshot")
+        checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
+        checkpoint |= {name: getattr(self, name) for name in self.SAVED}
+        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
         with self.writing():
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
@@ -935,19 +1076,23 @@ class Run:
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
             return 0  # killed before its first checkpoint
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        try:  # mmap: a replay memory is copied from the file, and never twice in memory
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             for name, part in self.state.items():
-                if self.args.resume or isinstance(part, nn.Module):
+                if self.args.resume or not name.endswith(self.TRAINING_ONLY):
                     part.load_state_dict(checkpoint[name])
             vars(self).update({name: checkpoint[name] for name in self.SAVED})
-            set_rng_state(checkpoint["rng"])
+            if self.args.resume:
+                torch.set_rng_state(checkpoint["torch_rng"].clone())
+                snapshots = [{k: x.numpy() for k, x in s.items()} for s in checkpoint["envs"]]
+                self.envs.set_attr("snapshot", snapshots)
+                self.lost_episodes[:] = self.envs.get_attr("lost_episode")
         except Exception as error:  # a damaged file can raise anything
             stop(f"error: {path} is no checkpoint of this run: {error!r:.200}")
         return self.global_step
 
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
-        """Log; evaluate and save where it is due; end the run if a signal asked for it."""
+        """Log; save and evaluate where it is due; end the run if a signal asked for it."""
         previous, self.global_step = self.global_step, global_step
 
         def passed(frequency: int) -> bool:
@@ -965,22 +1110,23 @@ class Run:
         metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
         self.result = {}
-        if passed(self.args.eval_frequency) and not self.finished:
-            self.evaluate()
-        signalled = self.signal
-        if self.finished or signalled or passed(self.args.checkpoint_frequency):
-            self.save_checkpoint()
+        self.eval_due = passed(self.args.eval_frequency) and not self.finished
         self.show_progress(metrics["charts/SPS"])
-        if signalled and not self.finished:
-            self.bar.close()
-            stop(f"stopped; go on: python {SCRIPT.name} --resume {self.dir}", 128 + signalled)
+        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        if due or self.signal:
+            self.save_checkpoint()  # first, as evaluations take long and environments fail
+            if self.eval_due:
+                self.evaluate()
+            if not self.finished:
+                self.stop_if_asked()
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""
         bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
-            tensors = part.state_dict().values() if isinstance(part, nn.Module) else []
-            bad += [name for tensor in tensors if not tensor.isfinite().all()]
+            if not name.endswith(self.TRAINING_ONLY):
+                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
+                bad += [name for tensor in tensors if not tensor.isfinite().all()]
         if bad:
             kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
             stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)
@@ -994,7 +1140,7 @@ class Run:
             self.wandb.log(line)
 
     def show_progress(self, speed: float) -> None:
-        step, total = self.global_step, self.args.total_timesteps
+        step, total = self.global_step, max(self.args.total_timesteps, self.global_step)
         self.bar.set_postfix_str(self.recent_return, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.time() > self.last_line + 10:
@@ -1003,8 +1149,11 @@ class Run:
             print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)
 
     def evaluate(self) -> None:
-        """Play whole episodes, always from the same seed, and log them. Training is not changed."""
-        before, video = rng_state(), self.args.capture_video
+        """Play whole episodes, always from the same seed, and log them, unless a signal comes.
+
+        Training is not changed by it.
+        """
+        before, video = torch.get_rng_state(), self.args.capture_video
         env = make_env(self.args, "rgb_array" if video else None)
         if video:
             folder, name = str(self.dir / "videos"), f"step-{self.global_step}"
@@ -1014,23 +1163,24 @@ class Run:
             )
         seed = int(np.random.SeedSequence([self.args.seed, 1]).generate_state(1)[0])
         returns = []
-        for _ in range(self.args.eval_episodes):
-            obs, _ = env.reset(seed=None if returns else seed)
-            returns.append(0.0)
-            for _ in range(LONGEST_EPISODE):
-                obs, reward, termination, truncation, _ = env.step(self.policy(obs))
-                returns[-1] += float(reward)
-                if termination or truncation:
-                    break
-            if self.signal and (self.finished or self.args.evaluate):
-                flag = "--evaluate" if self.args.evaluate else "--resume"
-                stop(f"stopped; again: python {SCRIPT.name} {flag} {self.dir}", 128 + self.signal)
-        env.close()
+        try:
+            while len(returns) < self.args.eval_episodes and not self.signal:
+                obs, _ = env.reset(seed=None if returns else seed)
+                returns.append(0.0)
+                for _ in range(LONGEST_EPISODE):
+                    obs, reward, termination, truncation, _ = env.step(self.policy(obs))
+                    returns[-1] += float(reward)
+                    if termination or truncation or self.signal:
+                        break
+        finally:
+            close(env)
+        torch.set_rng_state(before)
+        if self.signal:
+            return
         if video and self.wandb:
             from wandb import Video
             clip = Video(f"{folder}/{name}-episode-0.mp4", format="mp4")
             self.wandb.log({"global_step": self.global_step, "eval/video": clip})
-        set_rng_state(before)
         self.result = {"eval/episodic_return": np.mean(returns)}
         self.result |= {"eval/episodic_return_std": np.std(returns), "eval/episodes": len(returns)}
         if not self.args.evaluate:
@@ -1040,10 +1190,12 @@ class Run:
         """Evaluate, unless that is done, and print the result as the last line of stdout."""
         if not self.result:
             self.evaluate()
+            self.stop_if_asked("--evaluate" if self.args.evaluate else "--resume")
         mean, std, episodes = self.result.values()
         self.bar.close()
         result = f"eval mean_return={mean:.4f} std={std:.4f} episodes={episodes}"
-        print(f"{result} global_step={self.global_step} run_dir={self.dir}")
+        print(f"{result} global_step={self.global_step} run_dir={self.dir}", flush=True)
+        close(self.envs)
 
 
 if __name__ == "__main__":

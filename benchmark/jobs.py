@@ -7,6 +7,7 @@ over the same folders do not disturb each other.
 
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import shlex
@@ -18,15 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from benchmark.results import ROOT
+from benchmark.results import ROOT, code_hash
 
 USERS_MISTAKE, NOT_FINITE = 2, 3  # exit codes of the scripts that a second try would repeat
 NEUTRAL = "run_dir resume evaluate track wandb_project_name wandb_entity capture_video"
-NEUTRAL = {
-    *NEUTRAL.split(),
-    "checkpoint_frequency",
-    "eval_frequency",
-}  # arguments that leave the numbers alone
+NEUTRAL += " checkpoint_frequency eval_frequency async_envs"
+NEUTRAL = set(NEUTRAL.split())  # arguments that leave the numbers alone
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Job:
     seed: int
     arguments: tuple[str, ...]  # what the command line has besides environment, seed and folder
     resolved: str  # every argument as the script understands it, as JSON
-    sha256: str  # of the script
+    code: str  # hash of the script's algorithm
     folder: Path
 
     @property
@@ -81,20 +79,31 @@ def relevant(arguments: dict) -> dict:
 def status(job: Job) -> str:
     """What the folder holds: "new", "begun", "complete", or a run that is "other" than the job's.
 
-    Complete needs the same arguments, the same bytes of the script, and the final evaluation.
+    Complete needs the same arguments, the same algorithm, and the final evaluation.
     """
     try:
         run = about(job)
         if run is None:
             return "new"
-        same = run["script"] == f"{job.script}.py" and run["sha256"] == job.sha256
+        script = job.folder / run["script"]
+        same = run["script"] == f"{job.script}.py" and hash_of(script) == job.code
         if not same or relevant(run["args"]) != relevant(json.loads(job.resolved)):
             return "other"
         last = last_metrics(job.folder)
         done = last.get("global_step", 0) >= run["args"]["total_timesteps"]
         return "complete" if done and last.get("eval/episodes") else "begun"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError):
         return "other"
+
+
+def hash_of(script: Path) -> str:
+    """The hash of its algorithm, computed once as long as the file stays the same."""
+    return cached_hash(script, script.stat().st_mtime_ns)
+
+
+@functools.cache
+def cached_hash(script: Path, time: int) -> str:
+    return code_hash(script)
 
 
 def set_aside(job: Job) -> Path:

@@ -24,10 +24,24 @@ ROOT = RESULTS.parent.parent
 POINTS = 100  # of a thinned curve
 
 
+# What of the run infrastructure the numbers of a run depend on, and calls that only say something.
+INFRASTRUCTURE = "# ---- Run infrastructure"
+STEPPING = "LONGEST_EPISODE setup Rng flatten_observations ReplayableEnv evaluate".split()
+SAYING = {"stop", "warn", "require"}
+
+
 def code_hash(path: Path) -> str:
-    """Hash of a script's code: its syntax tree without docstrings, so that prose may change."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+    """Hash of a script's algorithm: a mended message or another log must not retire its results.
+
+    It is of the syntax tree, without docstrings and messages, of what stands above the run
+    infrastructure, and of the parts of that which step, seed and evaluate.
+    """
+    text = path.read_text()
+    tree, end = ast.parse(text), text.partition(INFRASTRUCTURE)[0].count("\n")
+    below = [node for part in tree.body if part.lineno > end for node in ast.walk(part)]
+    kept = [part for part in tree.body if part.lineno <= end or INFRASTRUCTURE not in text]
+    kept += [node for node in below if names(node) & set(STEPPING)]
+    for node in (node for part in kept for node in ast.walk(part)):
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [
@@ -35,7 +49,16 @@ def code_hash(path: Path) -> str:
                 for part in body
                 if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
             ]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in SAYING:
+            node.args = [part for part in node.args if not isinstance(part, ast.JoinedStr)]
+            node.args = [part for part in node.args if not isinstance(part, ast.Constant)]
+    return hashlib.sha256("".join(map(ast.dump, kept)).encode()).hexdigest()
+
+
+def names(node: ast.AST) -> set[str]:
+    """What a definition or an assignment defines."""
+    targets = getattr(node, "targets", [])
+    return {getattr(node, "name", "")} | {getattr(target, "id", "") for target in targets}
 
 
 def thin(lines: list[dict], total: int) -> list[tuple[int, float]]:

@@ -175,11 +175,11 @@ def plan(options: Options) -> list[Job]:
                 check_environment(env_id)
                 arguments = [*group["args"], *extra]
                 resolved = resolve(script, ["--env-id", env_id, *arguments])
-                sha256 = sys.modules[script].SHA256
+                code = jobs.hash_of(ROOT / f"{script}.py")
                 for seed in parse_seeds(options.seeds, suite["seeds"]):
                     folder = root / f"{env_id.replace('/', '-')}__{script}__{seed}"
                     text = json.dumps(resolved | {"seed": seed})
-                    job = Job(script, env_id, seed, tuple(arguments), text, sha256, folder)
+                    job = Job(script, env_id, seed, tuple(arguments), text, code, folder)
                     planned.setdefault(folder, job)
     if not planned:
         wrong("nothing to run: none of these scripts and environments go together in this suite")
@@ -402,7 +402,7 @@ def main() -> None:
     )
     for job in planned:
         if jobs.status(job) == "other":
-            print(f"{job.name} holds another run (arguments or script differ): kept, renamed")
+            print(f"{job.name} holds another run (arguments or algorithm differ): kept, renamed")
     todo = [job for job in planned if jobs.status(job) != "complete"]
     engine: Callable = run_on_ray if options.engine == "ray" else run_local
     stop, board = Stop(), Board(planned, failed)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -141,6 +142,11 @@ def same(left, right):
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
     return left == right
+
+
+def observe(envs):
+    """The newest observations of a vector environment. Shapes: (num_envs, ...)."""
+    return np.stack(envs.get_attr("obs"))
 
 
 def assert_same_end(folder, reference):

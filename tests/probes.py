@@ -2,10 +2,13 @@
 
 import os
 import pathlib
+import random
+import time
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, Tuple
 
 
 class Probe(gym.Env):
@@ -255,6 +258,125 @@ class Choice(ObservedValue):
         return -float(abs(action - self.value))
 
 
+class Reseeding(Fifty):
+    """Seeds the global generators in every reset, as some simulators do."""
+
+    def reset(self, *, seed=None, options=None):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        return super().reset(seed=seed, options=options)
+
+
+class Wary(Fifty):
+    """Takes seeds of 31 bits."""
+
+    def reset(self, *, seed=None, options=None):
+        assert 0 <= seed < 2**31, seed
+        return super().reset(seed=seed, options=options)
+
+
+class FallingApart(Fifty):
+    """Terminates because its state is no longer finite, as Ant-v5 does."""
+
+    def observe(self):
+        return np.full(1, np.nan if self.steps >= self.length else 0.5, np.float32)
+
+
+class Broken(Fifty):
+    """Its observations are not finite from the tenth step of an episode on."""
+
+    def observe(self):
+        return np.full(1, np.inf if self.steps > 9 else 0.5, np.float32)
+
+
+class Boxed(Fifty):
+    """Returns its reward as an array of one element, as many home-made environments do."""
+
+    def reward(self, action):
+        return np.ones(1)
+
+
+class Scalar(Probe):
+    """An action box of shape ()."""
+
+    action_space = Box(-2, 2, (), np.float32)
+
+
+class Endless(Probe):
+    """A return that is not finite."""
+
+    def reward(self, action):
+        return np.inf
+
+
+class Unclosable(Fifty):
+    """Its close() raises; CLOSE_MARKER names a file to which it adds a line first."""
+
+    def close(self):
+        if marker := os.environ.get("CLOSE_MARKER"):
+            with open(marker, "a") as file:
+                file.write("closed\n")
+        raise OSError("the port is gone")
+
+
+class Tuned(Fifty):
+    """Takes an argument, which is its reward."""
+
+    def __init__(self, gain=1.0):
+        if gain < 0:
+            raise ValueError("gain must not be negative")
+        self.gain = gain
+
+    def reward(self, action):
+        return self.gain
+
+
+class Pictures(Probe):
+    """A tuple of pictures."""
+
+    observation_space = Tuple([Picture.observation_space] * 2)
+
+
+class Mission(gym.Space):
+    """A class of spaces of its own, as MiniGrid's for texts."""
+
+    def __init__(self):
+        super().__init__((), str)
+
+
+class Told(Probe):
+    observation_space = Dict(position=Box(-1, 1, (2,)), mission=Mission())
+
+
+class Timeless(Drawn):
+    """Has no frame rate."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": None}  # noqa: RUF012
+
+
+class Flat(Drawn):
+    """Its pictures have no colours."""
+
+    def render(self):
+        return np.zeros((64, 64), np.uint8)
+
+
+class Blank(Drawn):
+    """Its render() returns nothing."""
+
+    def render(self):
+        return None
+
+
+class Slow(Fifty):
+    """A step takes SLOW_SECONDS."""
+
+    def reward(self, action):
+        time.sleep(float(os.environ.get("SLOW_SECONDS", 0.005)))
+        return 1.0
+
+
 for probe in [
     Probe,
     *Probe.__subclasses__(),
@@ -264,6 +386,8 @@ for probe in [
     Breaking,
     CrashingOnce,
     Choice,
+    *Fifty.__subclasses__(),
+    *Drawn.__subclasses__(),
 ]:
     gym.register(f"{probe.__name__}-v0", probe, disable_env_checker=True)
     discrete = type(f"Discrete{probe.__name__}", (probe,), {"action_space": Discrete(2)})

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import observe
 
 REPLAYED = ["HalfCheetah-v5", "Hopper-v5", "Ant-v5", "probes:Counting-v0", "probes:Meddling-v0"]
 
@@ -14,7 +15,7 @@ def counting_envs(ppo, num_envs=3, seed=0):
 def test_final_observations_and_episodes_are_complete(ppo):
     """At every end: the last observation of the old episode, the first of the new, the sums."""
     envs, finished = counting_envs(ppo), 0
-    obs = envs.obs
+    obs = observe(envs)
     for _ in range(200):
         before = obs
         obs, rewards, terminations, truncations, infos = envs.step(np.zeros((3, 1), np.float32))
@@ -56,9 +57,8 @@ def test_replay_is_exact(ppo, env_id):
     for action in actions[:173]:
         envs.step(action.copy())
         other.step(-action)
-    state = envs.state_dict()
-    other.load_state_dict(state)
-    np.testing.assert_array_equal(envs.obs, other.obs)
+    other.set_attr("snapshot", envs.get_attr("snapshot"))
+    np.testing.assert_array_equal(observe(envs), observe(other))
     for action in actions[173:]:
         ours, theirs = envs.step(action.copy()), other.step(action.copy())
         for left, right in zip(ours[:4], theirs[:4], strict=True):
@@ -73,8 +73,9 @@ def test_replay_is_exact(ppo, env_id):
 def test_what_cannot_be_replayed_says_so(ppo, capsys, env_id):
     envs = ppo.make_envs(ppo.Args(env_id=env_id, num_envs=2))
     envs.step(np.zeros((2, 1), np.float32))
-    envs.load_state_dict(envs.state_dict())
+    envs.set_attr("snapshot", envs.get_attr("snapshot"))
     assert capsys.readouterr().err.count("not restored") == 2
+    assert envs.get_attr("lost_episode") == (True, True)
     assert [env.length for env in envs.envs] == [0, 0]
 
 
@@ -83,14 +84,15 @@ def test_an_episode_too_long_to_replay_restarts(ppo, capsys, monkeypatch):
     envs = ppo.make_envs(ppo.Args(env_id="HalfCheetah-v5", num_envs=1))
     for _ in range(5):
         envs.step(np.ones((1, 6), np.float32))
-    assert len(envs.state_dict()["envs"][0]["actions"]) == 3
-    envs.load_state_dict(envs.state_dict())
+    (snapshot,) = envs.get_attr("snapshot")
+    assert len(snapshot["actions"]) == 3
+    envs.set_attr("snapshot", [snapshot])
     assert "not restored" in capsys.readouterr().err
 
 
 def test_dict_observations_are_flattened(ppo):
     envs = ppo.make_envs(ppo.Args(env_id="probes:Nested-v0", num_envs=2))
-    assert envs.obs.shape == (2, 7)
+    assert observe(envs).shape == (2, 7)
 
 
 def test_buffer_fields_stay_together(ppo):

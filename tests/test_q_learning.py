@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_end, checkpoint, load, metrics, run, same, training
+from conftest import assert_same_end, checkpoint, load, metrics, observe, run, same, training
 
 Q_SCRIPTS = ["dqn", "double_dqn_per"]
 
@@ -98,8 +98,8 @@ def test_uniform_samples_are_uniform_over_what_is_valid():
     story = Story(3, 4, seed=0)
     for _ in range(90):
         story.step(memory)
-    np.random.seed(0)
-    actions = memory.sample(60_000).actions.numpy()  # the numbers of the transitions
+    rng = np.random.default_rng(0)
+    actions = memory.sample(60_000, rng).actions.numpy()  # the numbers of the transitions
     indices = valid(memory)
     row_of = {number: row for row, number in zip(indices, memory.actions[indices], strict=True)}
     counts = np.bincount([row_of[number] for number in actions], minlength=memory.size)
@@ -120,10 +120,8 @@ def test_memory_is_restored_exactly(q_script):
             other.load_state_dict(memory.state_dict())
             left, right = other.state_dict(), memory.state_dict()
             assert left.keys() == right.keys()
-            np.random.seed(1)
-            first = memory.sample(30)
-            np.random.seed(1)
-            for ours, theirs in zip(other.sample(30), first, strict=True):
+            first, second = (x.sample(30, np.random.default_rng(1)) for x in (memory, other))
+            for ours, theirs in zip(second, first, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
             np.testing.assert_array_equal(valid(memory), valid(other))
             if q_script == "double_dqn_per":
@@ -171,23 +169,23 @@ def test_frequencies_follow_the_priorities(alpha):
     rng = np.random.default_rng(0)
     priorities = rng.exponential(size=200) + 0.01
     memory = prioritised(priorities, alpha)
-    np.random.seed(0)
-    drawn = np.concatenate([memory.sample(32)[0] for _ in range(4000)])
+    drawn = np.concatenate([memory.sample(32, rng)[0] for _ in range(4000)])
     probabilities = (priorities + 1e-6) ** alpha / ((priorities + 1e-6) ** alpha).sum()
     expected = len(drawn) * probabilities
     counts = np.bincount(drawn, minlength=201)
     assert counts[200] == 0
     chi2 = ((counts[:200] - expected) ** 2 / expected).sum()
     assert chi2 < 200 + 4 * np.sqrt(400)
-    indices, reported = memory.sample(32)[:2]
+    indices, reported = memory.sample(32, rng)[:2]
     np.testing.assert_allclose(reported, probabilities[indices], rtol=1e-12)
 
 
 def test_draws_are_stratified():
     """Equal priorities of 64 transitions, 32 draws: one from each pair, every time."""
     memory = prioritised(np.ones(64))
-    for _ in range(20):
-        assert (memory.sample(32)[0] // 2).tolist() == list(range(32))
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        assert (memory.sample(32, rng)[0] // 2).tolist() == list(range(32))
 
 
 def test_new_transitions_get_the_largest_priority_so_far():
@@ -430,7 +428,7 @@ def play(module, game, steps, **args):
     """Random play of one game; yields what a training loop sees."""
     envs = module.make_envs(module.Args(env_id=f"ALE/{game}-v5", **args))
     rng = np.random.default_rng(0)
-    obs = envs.obs
+    obs = observe(envs)
     for _ in range(steps):
         before, actions = obs, rng.integers(envs.single_action_space.n, size=envs.num_envs)
         obs, rewards, terminations, truncations, infos = envs.step(actions)
@@ -540,7 +538,8 @@ def test_memory_that_does_not_fit_is_refused(q_script, tmp_path):
 BAD_ARGUMENTS = [
     ("--env-id Pendulum-v1", ["error: --env-id Pendulum-v1", "Discrete"]),
     ("--env-id ALE/Nothing-v5", ["error: --env-id ALE/Nothing-v5"]),
-    ("--env-id PongNoFrameskip-v4", ["error: --env-id PongNoFrameskip-v4"]),
+    ("--env-id PongNoFrameskip-v4", ["error: --env-id PongNoFrameskip-v4", "ALE/Pong-v5"]),
+    ('--env-id ALE/Pong-v5 --env-kwargs {"speed":2}', ["error: --env-id ALE/Pong-v5", "speed"]),
     ("--buffer-size 7", ["--buffer-size", "at least 8"]),
     ("--tau 0", ["--tau"]),
     ("--epsilon-end 1.5", ["--epsilon-end"]),

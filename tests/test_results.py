@@ -30,10 +30,33 @@ def test_thinning_weighs_by_episodes():
     assert results.thin(lines, 1000) == [(10, 1.0), (20, 7.0), (1000, 9.0)]
 
 
-def test_the_hash_ignores_prose_and_sees_code(tmp_path):
-    texts = ['"""Doc."""\nx = 1  # why\n', '"""Other."""\nx = 1\n', '"""Doc."""\nx = 2\n']
-    paths = [tmp_path / f"{n}.py" for n in range(3)]
-    for path, text in zip(paths, texts, strict=True):
-        path.write_text(text)
-    first, prose, code = map(results.code_hash, paths)
-    assert first == prose != code
+def test_the_hash_is_of_the_algorithm(script, tmp_path):
+    """Not of prose, messages, logs; of what acts, learns, steps, seeds and evaluates."""
+    text = (ROOT / f"{script}.py").read_text()
+
+    def hash_with(old, new):
+        assert text.count(old) >= 1, old
+        (tmp_path / "changed.py").write_text(text.replace(old, new))
+        return results.code_hash(tmp_path / "changed.py")
+
+    same = hash_with("at least 1", "at least one")
+    assert same == results.code_hash(ROOT / f"{script}.py")
+    for old, new in {
+        "complete in this one file": "whole in this file",
+        "Discount factor per environment step.": "Gamma.",
+        "error: --capture-video": "--capture-video",
+        'console="off"': 'console="wrap"',
+        "no episode yet": "none yet",
+        "needs": "wants",
+    }.items():
+        if old in text:
+            assert hash_with(old, new) == same, old
+    for old, new in {
+        "gamma: float = 0.99": "gamma: float = 0.98",
+        "generate_state(1)[0]": "generate_state(2)[0]",
+        "np.random.PCG64": "np.random.SFC64",
+        "returns[-1] += float(reward)": "returns[-1] += 2 * float(reward)",
+        "LONGEST_EPISODE = 50_000": "LONGEST_EPISODE = 10_000",
+        "optimizer.step()": "optimizer.step() or optimizer.step()",
+    }.items():
+        assert hash_with(old, new) != same, old

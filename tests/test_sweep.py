@@ -315,16 +315,19 @@ def finished(tmp_path_factory):
 
 
 def test_another_run_in_the_folder_is_kept_aside(tmp_path, finished):
-    """Complete means: these arguments, this script. What is there instead is never overwritten."""
+    """Complete: these arguments, this algorithm. What is there instead is never overwritten."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     old = {}
-    kinds = ("arguments", "sha256", "script", "torn args", "array")
+    kinds = ("arguments", "algorithm", "script", "torn args", "array")
     for folder, what in zip(folders(tmp_path / "r"), kinds, strict=True):
         about = json.loads((folder / "args.json").read_text())
         if what == "arguments":
             about["args"]["gamma"] = 0.5
-        elif what in ("sha256", "script"):
-            about[what] = "other"
+        elif what == "script":
+            about["script"] = "other.py"
+        elif what == "algorithm":
+            copy = folder / "ppo_continuous.py"
+            copy.write_text(copy.read_text().replace("surrogate = torch.min(", "surrogate = max("))
         text = json.dumps([] if what == "array" else about)
         (folder / "args.json").write_text(text[:-5] if what == "torn args" else text)
         old[folder] = (folder / "metrics.jsonl").read_bytes()

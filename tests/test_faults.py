@@ -1,0 +1,450 @@
+"""What happens to people: odd environments, copies, two processes, signals that come twice."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    DISCRETE,
+    ONE,
+    ROOT,
+    assert_same_end,
+    checkpoint,
+    env_id,
+    environ,
+    load,
+    load_file,
+    metrics,
+    probe,
+    run,
+    run_process,
+    same,
+    without_times,
+)
+from test_resume import HUGE, RARE, start, wait_for_step
+
+
+def go(script, name, folder, *arguments, **options):
+    """A quick run on a probe."""
+    return run(script, "--env-id", probe(script, name), "--run-dir", folder, *arguments, **options)
+
+
+# ---- Odd environments ----------------------------------------------------------------------------
+
+
+def test_rewards_in_arrays_and_seeds_of_31_bits(script, tmp_path):
+    for name in ("Boxed", "Wary"):
+        go(script, name, tmp_path / name)
+        assert metrics(tmp_path / name)[-1]["eval/episodic_return"] == 50
+
+
+def test_an_observation_that_is_not_finite_at_a_termination(script, tmp_path):
+    """Its value does not count, so that it spoils nothing; but it is said."""
+    done = go(script, "FallingApart", tmp_path / "r")
+    assert "observation that is not finite" in done.stderr
+    assert metrics(tmp_path / "r")[-1]["eval/episodic_return"] == 50
+
+
+def test_observations_that_are_not_finite(script, tmp_path):
+    done = go(script, "Broken", tmp_path / "r", code=3)
+    assert "not finite" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_single_number_as_action(tmp_path):
+    go("ppo_continuous", "Scalar", tmp_path / "r")
+    assert metrics(tmp_path / "r")[-1]["eval/episodic_return"] == 1
+
+
+def test_an_action_that_is_not_finite_reaches_no_environment(ppo):
+    scaler = ppo.ActionScaler(ppo.gym.spaces.Box(-1, 1, (2,)))
+    with pytest.raises(SystemExit) as stopped:
+        scaler(torch.tensor([0.0, np.nan]))
+    assert stopped.value.code == 3
+
+
+def test_a_return_that_is_not_finite(tmp_path):
+    """The evaluation's; training on it ends with code 3, so the folder is made to look finished."""
+    run(ONE, "--run-dir", tmp_path / "r")
+    lines = metrics(tmp_path / "r")
+    for name in ("eval/episodic_return", "eval/episodic_return_std"):
+        del lines[-1][name]
+    (tmp_path / "r" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    for _ in range(2):
+        done = run(ONE, "--resume", tmp_path / "r", quick=False)
+        assert "eval mean_return=nan std=nan" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "says"), [("Pictures", "0 is Box"), ("Told", "mission is")])
+def test_spaces_that_are_no_vectors(script, tmp_path, name, says):
+    done = go(script, name, tmp_path / "r", code=2)
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_arguments_of_the_environment(script, tmp_path):
+    folder = tmp_path / "r"
+    go(script, "Tuned", folder, "--env-kwargs", '{"gain": 3}')
+    assert json.loads((folder / "args.json").read_text())["args"]["env_kwargs"] == {"gain": 3}
+    assert metrics(folder)[-1]["eval/episodic_return"] == 150
+    done = run(script, "--evaluate", folder, quick=False)
+    assert "mean_return=150.0000" in done.stdout
+    for bad in ('{"gain": -1}', '{"nothing": 1}', "[1]", "gain=1"):
+        done = go(script, "Tuned", tmp_path / "bad", "--env-kwargs", bad, code=2)
+        assert "Traceback" not in done.stderr and "--env-kwargs" in done.stderr, done.stderr
+        assert not (tmp_path / "bad").exists()
+
+
+def test_a_module_in_the_working_directory(tmp_path):
+    (tmp_path / "my_env.py").write_text(
+        "import gymnasium\nfrom gymnasium.envs.classic_control import PendulumEnv\n"
+        "gymnasium.register('Mine-v0', PendulumEnv, max_episode_steps=20)\n"
+    )
+    run_process(ONE, "--env-id", "my_env:Mine-v0", cwd=tmp_path, PYTHONPATH="")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert ":" not in folder.name and metrics(folder)[-1]["eval/episodes"] == 2
+
+
+@pytest.mark.parametrize("name", ["Timeless", "Flat", "Blank"])
+def test_pictures_that_make_no_video(tmp_path, name):
+    pytest.importorskip("moviepy")
+    done = go(ONE, name, tmp_path / "r", "--capture-video", code=2)
+    assert "error: --capture-video" in done.stderr and not (tmp_path / "r").exists()
+
+
+def test_environments_are_closed_on_every_way_out(tmp_path):
+    """And one that cannot be costs a line of warning."""
+    marker = tmp_path / "closed"
+    words = ["--env-id", "probes:Unclosable-v0", "--run-dir", tmp_path / "r"]
+    done = run_process(ONE, *words, CLOSE_MARKER=str(marker))
+    assert "eval mean_return=50.0000" in done.stdout and "the port is gone" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert marker.read_text().count("closed") >= 3  # two to train, one to evaluate
+    marker.unlink()
+    words = ["--resume", tmp_path / "r", "--total-timesteps", 2048]
+    shutil.rmtree(tmp_path / "r" / "args.json.tmp", ignore_errors=True)
+    (tmp_path / "r" / "metrics.jsonl.tmp").mkdir()  # begin() fails
+    run_process(ONE, *words, quick=False, code=2, CLOSE_MARKER=str(marker))
+    assert marker.read_text().count("closed") >= 2
+
+
+def test_environments_that_seed_the_global_generators(script, tmp_path):
+    """Neither exploration nor initial weights repeat."""
+    for seed in (1, 2):
+        go(script, "Reseeding", tmp_path / f"{seed}", "--seed", seed, "--num-envs", 1)
+    left, right = (checkpoint(tmp_path / f"{seed}") for seed in (1, 2))
+    network = "q_network" if script in DISCRETE else "actor"
+    assert not same(left[network], right[network])
+    if script in DISCRETE:
+        actions = left["buffer"]["actions"][:400].view(8, 50)  # eight episodes
+        assert len({tuple(episode.tolist()) for episode in actions}) == 8
+
+
+def test_global_generators_do_not_matter(script, finished, tmp_path):
+    np.random.seed(7)
+    torch.manual_seed(7)
+    run(script, "--run-dir", tmp_path / "r")
+    assert_same_end(tmp_path / "r", finished(script)[1])
+
+
+# ---- Copies --------------------------------------------------------------------------------------
+
+
+def changed(tmp_path, script, *pairs):
+    """A copy of a script with other text."""
+    text = (ROOT / f"{script}.py").read_text()
+    for old, new in pairs:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (tmp_path / "copy.py").write_text(text)
+    return load_file(tmp_path / "copy.py")
+
+
+RUN = "    run = Run(args, device, envs, state, deterministic_policy)\n"
+
+
+def test_evaluation_loads_what_is_no_module(tmp_path):
+    """A number that only `state` knows, and that the policy adds to the action."""
+    copy = changed(
+        tmp_path, "ppo_continuous",
+        ("        return to_env(mean)\n", "        return to_env(mean + loop.get('shift', 0))\n"),
+        ("    run.finish()\n\n\ndef check_args", "    loop['shift'] = 0\n    run.finish()\n\n\n"
+         "def check_args"),
+        ("        run.end_iteration(", "        loop['shift'] = 0.7\n        run.end_iteration("),
+    )  # fmt: skip
+    words = ["--env-id", "probes:ObservedTarget-v0", "--run-dir", tmp_path / "r"]
+    run("ppo_continuous", *words, module=copy)
+    plain = metrics(tmp_path / "r")[-1]["eval/episodic_return"]
+    done = run("ppo_continuous", "--evaluate", tmp_path / "r", quick=False, module=copy)
+    shifted = float(re.search(r"mean_return=(\S+)", done.stdout)[1])
+    assert abs(shifted - plain) > 0.05
+
+
+def test_what_is_no_module_is_checked_for_nan(tmp_path):
+    part = "    state['mine'] = LoopState(x=torch.tensor(float('nan')))\n"
+    copy = changed(tmp_path, "ppo_continuous", (RUN, part + RUN))
+    done = run("ppo_continuous", "--run-dir", tmp_path / "r", module=copy, code=3)
+    assert "error: mine not finite at step 128" in done.stderr
+
+
+def test_a_network_that_no_checkpoint_holds(tmp_path):
+    copy = changed(tmp_path, "ppo_continuous", (RUN, "    del state['critic']\n" + RUN))
+    done = run("ppo_continuous", "--run-dir", tmp_path / "r", module=copy)
+    assert "is not in `state`" in done.stderr
+    assert "`state`" not in run("ppo_continuous", "--run-dir", tmp_path / "s").stderr
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+def children(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(x) for x in found.stdout.split()]
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return open(f"/proc/{pid}/stat").read().split()[2] != "Z"
+    return False
+
+
+def test_environments_in_processes_of_their_own(script, finished, tmp_path, monkeypatch):
+    """The same weights and metrics, and an exact resume."""
+    module, folder = load(script), tmp_path / "r"
+    end_iteration, calls = module.Run.end_iteration, []
+
+    def crash(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise OSError("crash")
+        end_iteration(*arguments)
+
+    monkeypatch.setattr(module.Run, "end_iteration", crash)
+    run(script, "--run-dir", folder, "--async-envs", "--checkpoint-frequency", 128, code=1)
+    monkeypatch.setattr(module.Run, "end_iteration", end_iteration)
+    run(script, "--resume", folder, quick=False)
+    assert_same_end(folder, finished(script)[1])
+
+
+def test_an_error_in_a_process_of_its_own(tmp_path):
+    words = ["--env-id", "probes:Crashing-v0", "--run-dir", tmp_path / "r", "--async-envs"]
+    done = run_process(ONE, *words, code=1)
+    assert "probes.py" in done.stderr and "the simulator fell over" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_no_process_is_left(tmp_path, number):
+    """Killed alone; or Ctrl-C, a cancelled job: the whole group gets the signal."""
+    folder = tmp_path / "r"
+    process = start(ONE, "--run-dir", folder, *RARE, "--async-envs", "--total-timesteps", 10**6)
+    wait_for_step(process, folder, 256)
+    processes = children(process.pid)
+    assert len(processes) >= 2
+    if number == signal.SIGKILL:
+        process.kill()
+    else:
+        for pid in (process.pid, *processes):
+            os.kill(pid, number)
+    _, err = process.communicate(timeout=60)
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number, err
+        assert checkpoint(folder)["global_step"] >= 256
+    for _ in range(100):
+        if not any(map(alive, processes)):
+            return
+        time.sleep(0.1)
+    raise AssertionError("processes are left")
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    folder = tmp_path / "r"
+    process = start(ONE, "--run-dir", folder, "--total-timesteps", 10**7, *HUGE)
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    done = run(ONE, "--resume", folder, quick=False, code=2)
+    assert "another process" in done.stderr and str(folder) in done.stderr
+    process.kill()
+    process.communicate()
+    words = ["--total-timesteps", 10**7, *HUGE]  # what it was; the lock is gone with its process
+    resumed = start(ONE, "--resume", folder, *words, quick=False)
+    time.sleep(8)
+    assert resumed.poll() is None, resumed.communicate()
+    resumed.kill()
+    resumed.communicate()
+
+
+def test_runs_that_begin_in_the_same_second(tmp_path, monkeypatch):
+    begin = time.monotonic()
+
+    def now():  # goes on for ever, but never reaches the next second
+        return 1e9 + 0.9 - 0.9 / (1 + time.monotonic() - begin)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", now)
+    for _ in range(3):
+        run(ONE)
+    names = sorted(folder.name for folder in (tmp_path / "runs").iterdir())
+    assert names == [f"Pendulum-v1__{ONE}__1__1000000000{x}" for x in ("", "__2", "__3")]
+    for name in names:
+        assert metrics(tmp_path / "runs" / name)[-1]["eval/episodes"] == 2
+
+
+@pytest.mark.parametrize("pause", [0.002, 0.05])
+def test_a_signal_that_is_delivered_twice(tmp_path, pause):
+    """By a parent that forwards it, and to the whole group: that is one wish."""
+    folder = tmp_path / "stopped"
+    process = start(ONE, "--run-dir", folder, *RARE, "--total-timesteps", 10**7)
+    wait_for_step(process, folder, 128)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(pause)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert checkpoint(folder)["global_step"] == metrics(folder)[-1]["global_step"]
+
+
+def test_a_signal_in_an_evaluation_between(tmp_path):
+    """It ends after its step; the resumed run makes it again, at the same place."""
+    often = ["--env-id", env_id(ONE), "--eval-frequency", 256]
+    run(ONE, "--run-dir", tmp_path / "calm", *often)
+    folder = tmp_path / "stopped"
+    process = start(ONE, "--run-dir", folder, *often[2:], "--eval-episodes", 10**6)
+    wait_for_step(process, folder, 256)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130, err
+    assert checkpoint(folder)["global_step"] == 256
+    run(ONE, "--resume", folder, "--eval-episodes", 2, quick=False)
+    assert_same_end(folder, tmp_path / "calm")
+
+
+def test_an_evaluation_that_fails_costs_nothing(tmp_path, monkeypatch):
+    """What was trained before is saved."""
+    module = load(ONE)
+
+    def crash(self):
+        raise OSError("the simulator fell over")
+
+    monkeypatch.setattr(module.Run, "evaluate", crash)
+    words = ["--eval-frequency", 256, "--checkpoint-frequency", 0]
+    done = run(ONE, "--run-dir", tmp_path / "r", *words, code=1)
+    assert "fell over" in done.stderr and checkpoint(tmp_path / "r")["global_step"] == 256
+    monkeypatch.undo()
+    run(ONE, "--resume", tmp_path / "r", quick=False)
+    run(ONE, "--run-dir", tmp_path / "calm", *words)
+    assert_same_end(tmp_path / "r", tmp_path / "calm")
+
+
+def test_a_printed_command_can_be_pasted(tmp_path):
+    folder = tmp_path / "a folder"
+    process = start(ONE, "--run-dir", folder, *RARE)
+    wait_for_step(process, folder, 128)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    words = shlex.split(re.search(r"go on: python (.*)", err)[1])
+    subprocess.run(
+        [sys.executable, *words], cwd="/", env=environ(), check=True, capture_output=True
+    )
+    assert metrics(folder)[-1]["eval/episodes"] == 2
+
+
+def test_without_git(tmp_path):
+    run_process(ONE, "--run-dir", tmp_path / "r", PATH=str(tmp_path))
+    assert json.loads((tmp_path / "r" / "args.json").read_text())["git"] is None
+
+
+# ---- Resumes -------------------------------------------------------------------------------------
+
+
+def test_a_schedule_that_jumps_is_said(finished, tmp_path):
+    folder = shutil.copytree(finished(ONE)[1], tmp_path / "r")
+    done = run(ONE, "--resume", folder, "--total-timesteps", 1024, quick=False)
+    assert "warning" in done.stderr and "learning rate" in done.stderr
+    assert "warning" not in run(ONE, "--resume", folder, quick=False).stderr
+
+
+@pytest.mark.parametrize("script", sorted(DISCRETE))
+def test_an_episode_that_cannot_be_restored_leads_nowhere(script, tmp_path, monkeypatch):
+    """No transition from its last observation to the first of the next episode."""
+    module, folder = load(script), tmp_path / "r"
+    begun = module.Run.begin
+
+    def crash(self):
+        begun(self)
+        write_metrics, self.count = self.write_metrics, 0
+
+        def write(line):
+            self.count += 1
+            if self.count == 2:
+                raise OSError("crash")
+            write_metrics(line)
+
+        self.write_metrics = write
+
+    monkeypatch.setattr(module.Run, "begin", crash)
+    often = ["--checkpoint-frequency", 128]
+    go(script, "Unseeded", folder, *often, code=1)
+    saved = checkpoint(folder)
+    monkeypatch.undo()
+    done = run(script, "--resume", folder, quick=False)
+    assert done.stderr.count("environment not restored") == 2
+    last = (saved["buffer"]["next_row"] - 2).tolist()
+    assert checkpoint(folder)["buffer"]["actions"][last].tolist() == [-1, -1]
+    assert (saved["buffer"]["actions"][last] >= 0).all()
+
+
+def test_nor_does_its_return_go_on(tmp_path, monkeypatch):
+    """PPO scales rewards by a discounted return, which starts from 0 in the new episode."""
+    go("ppo_continuous", "Unseeded", tmp_path / "r", "--total-timesteps", 256)
+    module, seen = load("ppo_continuous"), []
+    begin = module.Run.begin
+
+    def look(self):
+        seen.append(self.state["reward_scaler"].running_return.tolist())
+        begin(self)
+
+    monkeypatch.setattr(module.Run, "begin", look)
+    words = ["--total-timesteps", 512]
+    run("ppo_continuous", "--resume", tmp_path / "r", *words, quick=False)
+    assert seen == [[0, 0]]
+    assert (checkpoint(tmp_path / "r")["reward_scaler"]["running_return"] > 0).all()
+
+
+def test_an_episode_too_long_to_repeat_is_not_taken_for_another(ppo, capsys, monkeypatch):
+    """Where neither observation nor reward tell the steps apart, the length does."""
+    monkeypatch.setattr(ppo, "LONGEST_EPISODE", 3)
+    args = {"env_id": "probes:Tuned-v0", "env_kwargs": {"gain": 0.0}, "num_envs": 1}
+    envs = ppo.make_envs(ppo.Args(**args))
+    for _ in range(5):
+        envs.step(np.zeros((1, 1), np.float32))
+    envs.set_attr("snapshot", envs.get_attr("snapshot"))
+    assert "not restored" in capsys.readouterr().err
+
+
+# ---- Nothing learned -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", sorted(DISCRETE))
+def test_a_run_that_learns_nothing_says_so_first(script, tmp_path):
+    words = ["--learning-starts", 10_000]
+    done = run(script, "--run-dir", tmp_path / "r", *words)
+    assert "warning" in done.stderr and "--learning-starts" in done.stderr
+    assert "warning" not in run(script, "--run-dir", tmp_path / "s").stderr
+
+
+def test_progress_stays_within_its_bounds(tmp_path):
+    done = run("dqn", "--run-dir", tmp_path / "r", "--total-timesteps", 300, quick=False)
+    steps, total, left = re.search(r"(\d+)/(\d+) steps, .*, (\S+) s left", done.stderr).groups()
+    assert int(steps) <= int(total) and int(left) >= 0
+    assert without_times(metrics(tmp_path / "r"))[0]["global_step"] == 1000
