@@ -28,8 +28,7 @@ Deviations from the papers:
 - The tuned network of (A) shares one bias between all actions; this one does not.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss, which does not clip large errors.
-- Games begin with FIRE, if they have that button, before the papers' random number of no-ops.
-- Epsilon falls from the first step on; in evaluations it is 0.
+- Games begin with FIRE, if they have it, before the no-ops. Epsilon falls from the first step on.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ import contextlib
 import copy
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import multiprocessing
@@ -50,10 +48,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, NoReturn
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -231,10 +230,9 @@ def double_q_target(
 
 
 def importance_weights(probabilities: Tensor, beta: float) -> Tensor:
-    """(N P)^-beta divided by its maximum; N cancels. Shapes: probabilities (B,) -> (B,).
+    """(N P)^-beta over its maximum, in which N cancels. Shapes: (B,) -> (B,).
 
-    The least probable transition has weight 1. Source: Schaul et al. 2016, section 3.4.
-    """
+    Source: Schaul et al. 2016, section 3.4."""
     weights = probabilities**-beta
     return weights / weights.max()
 
@@ -242,14 +240,8 @@ def importance_weights(probabilities: Tensor, beta: float) -> Tensor:
 # ---- Buffer and training -------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    """Transitions for one gradient step. Shapes: (B, ...)."""
-
-    obs: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_obs: Tensor
-    terminations: Tensor
+# Transitions for one gradient step: tensors (B, ...).
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
 
 
 class PrioritizedReplayBuffer:
@@ -352,8 +344,7 @@ class PrioritizedReplayBuffer:
         self.filled = state["filled"]
         for name in self.ARRAYS:
             getattr(self, name)[: len(state[name])] = state[name].numpy()
-        first_children = np.arange(0, len(self.priorities), SumTree.WIDTH)
-        self.tree.update(first_children, self.priorities[first_children])  # renews all sums
+        self.tree.renew_sums()
 
 
 def train(args: Args) -> None:
@@ -404,8 +395,6 @@ def train(args: Args) -> None:
     minibatch_metrics = []
     iteration_steps = math.ceil(args.log_frequency / args.num_envs) * args.num_envs
     last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
-    if last_step < args.learning_starts:
-        warn(f"nothing is learned before step {args.learning_starts}, --learning-starts")
 
     while global_step < last_step:
         # 1. Act
@@ -517,6 +506,12 @@ class SumTree:
             level.reshape(-1)[indices] = priorities
             indices = indices // self.WIDTH
             priorities = level[indices].sum(1)  # of the nodes in the level above
+
+    def renew_sums(self) -> None:
+        """Compute every sum again, after the leaves were written."""
+        leaves = self.levels[-1].reshape(-1)
+        first_children = np.arange(0, len(leaves), self.WIDTH)
+        self.update(first_children, leaves[first_children])
 
     def find(self, sums: np.ndarray) -> np.ndarray:
         """For each sum, the first leaf whose running total exceeds it. Shapes: (B,) -> (B,)."""
@@ -639,7 +634,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             __import__("ale_py")  # registers the games
         if args.atari:
             return ReplayableEnv(AtariGame(args, render_mode))
-        if args.env_id not in gym.registry and f"ALE/{old_name}-v5" in gym.registry:
+        if f"ALE/{old_name}-v5" in gym.registry:
             raise gym.error.NameNotFound(f"this game is ALE/{old_name}-v5 today")
         env = gym.make(args.env_id, **(args.env_kwargs | render))
     action_space = env.action_space
@@ -662,6 +657,8 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> PrioritizedReplayBuff
     with contextlib.suppress(OSError):  # only Linux tells
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
+    if args.learning_starts > args.total_timesteps and not args.evaluate:
+        warn(f"--learning-starts {args.learning_starts} is after the end: nothing is learned")
     if args.atari and not args.evaluate:
         print(f"{args.env_id}: the paper's values for flags not given; {memory}", flush=True)
     if gigabytes > free and not args.evaluate:
@@ -902,11 +899,10 @@ class Run:
     SAVED = ("global_step", "wall_time", "eval_due", "wandb_id")
     TRAINING_ONLY = ("optimizer", "buffer", "rng")
 
-    def __init__(
-        self, args: Any, device: torch.device, envs: VectorEnv, state: dict, policy: Callable
-    ) -> None:
-        self.args, self.device, self.envs = args, device, envs
-        self.state, self.policy = state, policy
+    def __init__(self, args: Any, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
+        self.args, self.device = args, device
+        self.envs, self.state = envs, state
+        self.policy = policy
         name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
@@ -988,15 +984,16 @@ class Run:
 
     def claim_folder(self) -> None:
         """Make the folder, if that is left to do, and keep other processes from training in it."""
-        name = self.dir.name
-        for number in itertools.count(2):
+        name, tries = self.dir.name, 1
+        while tries:
             try:
                 self.dir.mkdir(parents=True, exist_ok=self.args.run_dir is not None)
-                break
+                tries = 0
             except FileExistsError:
                 if self.args.run_dir:
                     raise
-                self.dir = self.dir.with_name(f"{name}__{number}")  # begun in the same second
+                tries += 1
+                self.dir = self.dir.with_name(f"{name}__{tries}")  # begun in the same second
         self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
@@ -1111,14 +1108,14 @@ class Run:
         self.write_metrics(metrics)
         self.result = {}
         self.eval_due = passed(self.args.eval_frequency) and not self.finished
-        self.show_progress(metrics["charts/SPS"])
         due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
-        if due or self.signal:
+        if saved := bool(due or self.signal):
             self.save_checkpoint()  # first, as evaluations take long and environments fail
-            if self.eval_due:
-                self.evaluate()
-            if not self.finished:
-                self.stop_if_asked()
+        self.show_progress(metrics["charts/SPS"])
+        if self.eval_due:
+            self.evaluate()
+        if saved and not self.finished:
+            self.stop_if_asked()
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""

@@ -39,7 +39,6 @@ import contextlib
 import copy
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import multiprocessing
@@ -50,10 +49,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, NoReturn
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -213,14 +213,8 @@ def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma:
 # ---- Buffer and training -------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    """Transitions for one gradient step. Shapes: (B, ...)."""
-
-    obs: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_obs: Tensor
-    terminations: Tensor
+# Transitions for one gradient step: tensors (B, ...).
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
 
 
 class ReplayBuffer:
@@ -363,8 +357,6 @@ def train(args: Args) -> None:
     minibatch_metrics = []
     iteration_steps = math.ceil(args.log_frequency / args.num_envs) * args.num_envs
     last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
-    if last_step < args.learning_starts:
-        warn(f"nothing is learned before step {args.learning_starts}, --learning-starts")
 
     while global_step < last_step:
         # 1. Act
@@ -558,7 +550,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             __import__("ale_py")  # registers the games
         if args.atari:
             return ReplayableEnv(AtariGame(args, render_mode))
-        if args.env_id not in gym.registry and f"ALE/{old_name}-v5" in gym.registry:
+        if f"ALE/{old_name}-v5" in gym.registry:
             raise gym.error.NameNotFound(f"this game is ALE/{old_name}-v5 today")
         env = gym.make(args.env_id, **(args.env_kwargs | render))
     action_space = env.action_space
@@ -580,6 +572,8 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> ReplayBuffer:
     with contextlib.suppress(OSError):  # only Linux tells
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
+    if args.learning_starts > args.total_timesteps and not args.evaluate:
+        warn(f"--learning-starts {args.learning_starts} is after the end: nothing is learned")
     if args.atari and not args.evaluate:
         print(f"{args.env_id}: the paper's values for flags not given; {memory}", flush=True)
     if gigabytes > free and not args.evaluate:
@@ -820,11 +814,10 @@ class Run:
     SAVED = ("global_step", "wall_time", "eval_due", "wandb_id")
     TRAINING_ONLY = ("optimizer", "buffer", "rng")
 
-    def __init__(
-        self, args: Any, device: torch.device, envs: VectorEnv, state: dict, policy: Callable
-    ) -> None:
-        self.args, self.device, self.envs = args, device, envs
-        self.state, self.policy = state, policy
+    def __init__(self, args: Any, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
+        self.args, self.device = args, device
+        self.envs, self.state = envs, state
+        self.policy = policy
         name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
@@ -906,15 +899,16 @@ class Run:
 
     def claim_folder(self) -> None:
         """Make the folder, if that is left to do, and keep other processes from training in it."""
-        name = self.dir.name
-        for number in itertools.count(2):
+        name, tries = self.dir.name, 1
+        while tries:
             try:
                 self.dir.mkdir(parents=True, exist_ok=self.args.run_dir is not None)
-                break
+                tries = 0
             except FileExistsError:
                 if self.args.run_dir:
                     raise
-                self.dir = self.dir.with_name(f"{name}__{number}")  # begun in the same second
+                tries += 1
+                self.dir = self.dir.with_name(f"{name}__{tries}")  # begun in the same second
         self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
@@ -1029,14 +1023,14 @@ class Run:
         self.write_metrics(metrics)
         self.result = {}
         self.eval_due = passed(self.args.eval_frequency) and not self.finished
-        self.show_progress(metrics["charts/SPS"])
         due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
-        if due or self.signal:
+        if saved := bool(due or self.signal):
             self.save_checkpoint()  # first, as evaluations take long and environments fail
-            if self.eval_due:
-                self.evaluate()
-            if not self.finished:
-                self.stop_if_asked()
+        self.show_progress(metrics["charts/SPS"])
+        if self.eval_due:
+            self.evaluate()
+        if saved and not self.finished:
+            self.stop_if_asked()
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""

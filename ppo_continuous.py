@@ -39,7 +39,6 @@ import atexit
 import contextlib
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import multiprocessing
@@ -114,7 +113,9 @@ class Args:
     async_envs: bool = False
     """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
     norm_obs: bool = True
-    """Normalise observations by running mean and variance, clip them to 10 (arXiv:2005.12729)."""
+    """Normalise observations by running mean and variance (arXiv:2005.12729)."""
+    obs_clip: float = 10.0
+    """Clip normalised observations to [-obs_clip, obs_clip]."""
     norm_reward: bool = True
     """Divide rewards by the running std of the return, clip them to 10 (arXiv:2005.12729)."""
 
@@ -318,7 +319,8 @@ def train(args: Args) -> None:
     critic = ValueCritic(obs_dim).to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
-    obs_normalizer = (ObsNormalizer(obs_dim) if args.norm_obs else nn.Identity()).to(device)
+    obs_normalizer = ObsNormalizer(obs_dim, args.obs_clip) if args.norm_obs else nn.Identity()
+    obs_normalizer.to(device)
     reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
     buffer = RolloutBuffer(args.num_steps, args.num_envs, obs_dim, action_dim, device)
     penalised = "kl-penalty" in args.policy_objective
@@ -460,7 +462,7 @@ def check_args(args: Args) -> None:
     check_run_args(args)
     require(args, "num_steps num_minibatches update_epochs", lambda x: x >= 1, "at least 1")
     require(args, "gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
-    positive = "learning_rate clip_coef kl_coef max_grad_norm"
+    positive = "learning_rate clip_coef kl_coef max_grad_norm obs_clip"
     require(args, positive, lambda x: 0 < x < math.inf, "above 0")
     require(args, "vf_coef ent_coef", lambda x: 0 <= x < math.inf, "0 or more")
     require(args, "target_kl", lambda x: x is None or 0 < x < math.inf, "above 0, or None")
@@ -498,8 +500,12 @@ class RunningMoments(nn.Module):
 class ObsNormalizer(RunningMoments):
     """Shifts and scales observations to mean 0, variance 1. Shapes: (..., obs_dim) -> the same."""
 
+    def __init__(self, obs_dim: int, clip: float) -> None:
+        super().__init__(obs_dim)
+        self.clip = clip
+
     def forward(self, obs: Tensor) -> Tensor:
-        return ((obs - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
+        return ((obs - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-self.clip, self.clip)
 
 
 class RewardScaler(RunningMoments):
@@ -824,11 +830,10 @@ class Run:
     SAVED = ("global_step", "wall_time", "eval_due", "wandb_id")
     TRAINING_ONLY = ("optimizer", "buffer", "rng")
 
-    def __init__(
-        self, args: Any, device: torch.device, envs: VectorEnv, state: dict, policy: Callable
-    ) -> None:
-        self.args, self.device, self.envs = args, device, envs
-        self.state, self.policy = state, policy
+    def __init__(self, args: Any, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
+        self.args, self.device = args, device
+        self.envs, self.state = envs, state
+        self.policy = policy
         name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
@@ -910,15 +915,16 @@ class Run:
 
     def claim_folder(self) -> None:
         """Make the folder, if that is left to do, and keep other processes from training in it."""
-        name = self.dir.name
-        for number in itertools.count(2):
+        name, tries = self.dir.name, 1
+        while tries:
             try:
                 self.dir.mkdir(parents=True, exist_ok=self.args.run_dir is not None)
-                break
+                tries = 0
             except FileExistsError:
                 if self.args.run_dir:
                     raise
-                self.dir = self.dir.with_name(f"{name}__{number}")  # begun in the same second
+                tries += 1
+                self.dir = self.dir.with_name(f"{name}__{tries}")  # begun in the same second
         self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
@@ -1033,14 +1039,14 @@ class Run:
         self.write_metrics(metrics)
         self.result = {}
         self.eval_due = passed(self.args.eval_frequency) and not self.finished
-        self.show_progress(metrics["charts/SPS"])
         due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
-        if due or self.signal:
+        if saved := bool(due or self.signal):
             self.save_checkpoint()  # first, as evaluations take long and environments fail
-            if self.eval_due:
-                self.evaluate()
-            if not self.finished:
-                self.stop_if_asked()
+        self.show_progress(metrics["charts/SPS"])
+        if self.eval_due:
+            self.evaluate()
+        if saved and not self.finished:
+            self.stop_if_asked()
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""

@@ -55,7 +55,7 @@ class Row:
 
     def __init__(self, runs: list[dict]) -> None:
         self.runs = sorted(runs, key=lambda run: run["args"]["seed"])
-        self.script, self.env_id = Path(runs[0]["script"]).stem, runs[0]["args"]["env_id"]
+        self.script, self.env_id = Path(runs[0]["script"]).stem, title(runs[0])
         self.code, self.arguments = runs[0]["code_hash"], same_for_all_seeds(runs[0])
         self.done = [run for run in self.runs if run["eval"]]
         self.finals = np.array([run["eval"]["episodic_return"] for run in self.done])
@@ -74,6 +74,11 @@ class Row:
         return f" ({', '.join(notes)})" if notes else ""
 
 
+def title(run: dict) -> str:
+    """The environment, and the name that its suite gave to this group of runs, if any."""
+    return run.get("title", run["args"]["env_id"])
+
+
 def same_for_all_seeds(run: dict) -> dict:
     arguments = relevant(run["args"])
     return {key: value for key, value in arguments.items() if key not in ("seed", "env_id")}
@@ -87,7 +92,7 @@ def group(runs: list[dict]) -> list[Row]:
     groups = defaultdict(list)
     for run in runs:
         arguments = json.dumps(same_for_all_seeds(run), sort_keys=True)
-        groups[run["script"], run["args"]["env_id"], run["code_hash"], arguments].append(run)
+        groups[run["script"], title(run), run["code_hash"], arguments].append(run)
     rows = [Row(members) for _, members in sorted(groups.items())]
     together = defaultdict(list)
     for row in rows:
@@ -225,8 +230,10 @@ def families(rows: list[Row]) -> list[list[Row]]:
     runs = [part for path in suites for part in tomllib.loads(path.read_text())["runs"]]
     found, rest = [], rows
     for part in runs:
-        found.append([row for row in rest if row.env_id in part["env_ids"]])
-        rest = [row for row in rest if row.env_id not in part["env_ids"]]
+        name = f", {part['name']}" if part.get("name") else ""
+        titles = {env_id + name for env_id in part["env_ids"]}
+        found.append([row for row in rest if row.env_id in titles])
+        rest = [row for row in rest if row.env_id not in titles]
     return [part for part in [*found, rest] if part]
 
 

@@ -41,6 +41,7 @@ def code_hash(path: Path) -> str:
     below = [node for part in tree.body if part.lineno > end for node in ast.walk(part)]
     kept = [part for part in tree.body if part.lineno <= end or INFRASTRUCTURE not in text]
     kept += [node for node in below if names(node) & set(STEPPING)]
+    kept = [part for part in kept if not isinstance(part, ast.Expr)]  # the docstring
     for node in (node for part in kept for node in ast.walk(part)):
         body = getattr(node, "body", None)
         if isinstance(body, list):
@@ -114,6 +115,7 @@ def read_run(run_dir: Path) -> dict:
         run["args"] = {key: value for key, value in args.items() if key != "run_dir"}
         lines = read_metrics(run_dir / "metrics.jsonl")
         run["code_hash"] = code_hash(run_dir / script)
+        run["title"] = title(run_dir.name, args["env_id"])
     except FileNotFoundError as error:
         raise ValueError(f"{run_dir}: no {Path(error.filename).name}: not a whole run") from None
     except (json.JSONDecodeError, KeyError, TypeError, SyntaxError) as error:
@@ -126,6 +128,12 @@ def read_run(run_dir: Path) -> dict:
         "eval": final if last["global_step"] >= total and "episodic_return" in final else None,
         "curve": thin(lines, max(total, last["global_step"])),
     }
+
+
+def title(folder: str, env_id: str) -> str:
+    """What a row is called: the environment, and the name of the suite's group, if it has one."""
+    head, here = folder.split("__")[0], env_id.replace("/", "-")
+    return env_id + (head.removeprefix(here) if head.startswith(f"{here}, ") else "")
 
 
 def run_folders(paths: Iterable[Path]) -> list[Path]:
@@ -145,7 +153,7 @@ def collect(run_dir: Path) -> Path:
     """Add one run to the results. Raises: ValueError if it is not a whole run."""
     run = read_run(run_dir)
     args, curve = run["args"], run.pop("curve")
-    folder = RESULTS / Path(run["script"]).stem / args["env_id"].replace("/", "-")
+    folder = RESULTS / Path(run["script"]).stem / run["title"].replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
     meta = folder / "meta.json"
     runs = json.loads(meta.read_text()) if meta.exists() else {}

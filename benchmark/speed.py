@@ -1,7 +1,7 @@
 """Training speed: beside a peer's, against --num-envs, with several jobs at once; the sum tree's.
 
     python -m benchmark.speed                 all of them, as Markdown
-    python -m benchmark.speed peers envs workers tree
+    python -m benchmark.speed peers envs processes workers tree
 
 Beside a peer: same work, same machine, one thread, alternating runs; the median over the pairs.
 The first iterations (imports, compilation, warm-up) are left out on both sides. Nothing else should
@@ -64,6 +64,8 @@ frames, network of Mnih et al. 2015, Adam."""
 SCALING = {  # script -> its work in the tables about scaling
     "ppo_continuous.py": Row("ppo_continuous.py", "", *CHEETAH),
 }
+SLOW_ENV = "benchmark.slow:SlowPendulum-v0"
+SLOW = {"ppo_continuous.py": "--num-steps 32 --num-minibatches 1 --update-epochs 1"}
 NUM_ENVS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -149,6 +151,25 @@ def envs(pairs: int, only: str) -> None:
         print(f"| `{script}` | {count} | {speed:,.0f} | {speed / speeds[script, 1]:.2f} |")
 
 
+def processes(pairs: int, only: str) -> None:
+    """Slow environments in turn, and in processes of their own."""
+    print("Pendulum-v1 whose steps take 5 ms: environments in turn, or in processes of their own;")
+    print(f"median of {pairs} alternating pairs.\n")
+    print("| script | --num-envs | steps/s | steps/s with --async-envs | ratio |")
+    print("|---|---|---|---|---|")
+    for script, arguments in SLOW.items():
+        for count in (2, 8) if only in script else ():
+            row = Row(script, f"{arguments} --num-envs {count}", "", SLOW_ENV, 1536, 512)
+            measured = [
+                (our_speeds(row)[0], our_speeds(row, "--async-envs")[0]) for _ in range(pairs)
+            ]
+            plain, apart = (statistics.median(side) for side in zip(*measured, strict=True))
+            ratio = statistics.median(b / a for a, b in measured)
+            print(
+                f"| `{script}` | {count} | {plain:,.0f} | {apart:,.0f} | {ratio:.2f} |", flush=True
+            )
+
+
 def workers(pairs: int, only: str) -> None:
     """Steps per second of all jobs together against the number of jobs."""
     cores = os.cpu_count() or 1
@@ -190,7 +211,8 @@ def tree(pairs: int, only: str) -> None:
 
 
 def main() -> None:
-    tables = {"peers": peers, "envs": envs, "workers": workers, "tree": tree}
+    tables = {"peers": peers, "envs": envs, "processes": processes}
+    tables |= {"workers": workers, "tree": tree}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", help=", ".join(tables) + "; all by default")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each row")

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -85,6 +86,17 @@ def read_suite(name: str) -> dict:
             for words in (group["scripts"], group["env_ids"], group.setdefault("args", [])):
                 if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                     wrong(f"suite {path}: scripts, env_ids and args are lists of strings")
+            if not re.fullmatch(r"[\w .+-]*", group.setdefault("name", "")):
+                wrong(f"suite {path}: name {group['name']}: letters, digits and spaces, please")
+        titles = [
+            (script, title(env_id, group["name"]))
+            for group in suite["runs"]
+            for script in group["scripts"]
+            for env_id in group["env_ids"]
+        ]
+        for (script, env), count in collections.Counter(titles).items():
+            if count > 1:
+                wrong(f"suite {path}: {script} on {env} stands there twice: give one a name")
         if not all(type(seed) is int for seed in suite["seeds"]):
             wrong(f"suite {path}: seeds is a list of whole numbers")
         return suite
@@ -92,6 +104,11 @@ def read_suite(name: str) -> dict:
         wrong(f"no suite {name}: there are {known}, or give the path of a .toml file")
     except (OSError, ValueError, KeyError, TypeError) as error:
         wrong(f"suite {path}: {error!r}")
+
+
+def title(env_id: str, name: str) -> str:
+    """What a row of the report is called: "Ant-v5", or with its group's name "Ant-v5, name"."""
+    return f"{env_id}, {name}" if name else env_id
 
 
 def parse_seeds(text: str, default: list[int]) -> list[int]:
@@ -177,7 +194,8 @@ def plan(options: Options) -> list[Job]:
                 resolved = resolve(script, ["--env-id", env_id, *arguments])
                 code = jobs.hash_of(ROOT / f"{script}.py")
                 for seed in parse_seeds(options.seeds, suite["seeds"]):
-                    folder = root / f"{env_id.replace('/', '-')}__{script}__{seed}"
+                    name = f"{title(env_id, group['name'])}__{script}__{seed}"
+                    folder = root / name.replace("/", "-")
                     text = json.dumps(resolved | {"seed": seed})
                     job = Job(script, env_id, seed, tuple(arguments), text, code, folder)
                     planned.setdefault(folder, job)

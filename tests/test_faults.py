@@ -164,8 +164,8 @@ def changed(tmp_path, script, *pairs):
     for old, new in pairs:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    (tmp_path / "copy.py").write_text(text)
-    return load_file(tmp_path / "copy.py")
+    (tmp_path / "changed_script.py").write_text(text)
+    return load_file(tmp_path / "changed_script.py")
 
 
 RUN = "    run = Run(args, device, envs, state, deterministic_policy)\n"

@@ -162,7 +162,7 @@ def test_running_moments_equal_numpys(ppo):
         moments.update(batch)
     torch.testing.assert_close(moments.mean, data.mean(0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(moments.var, data.var(0, correction=0), rtol=1e-3, atol=1e-4)
-    assert ppo.ObsNormalizer(3)(torch.full((2, 3), 1e9)).max() == 10
+    assert ppo.ObsNormalizer(3, 20.0)(torch.full((2, 3), 1e9)).max() == 20
 
 
 def test_reward_scale_does_not_leak_across_episodes(ppo):

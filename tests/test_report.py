@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, environ
+from conftest import ROOT, SCRIPTS, environ
 
 sys.path.insert(0, str(ROOT))
 from benchmark import report, results, stats
@@ -271,6 +271,13 @@ def test_older_code_is_marked(collected, monkeypatch):
     assert "(older code)" in report.table([row])
     monkeypatch.setattr(report, "code_hash", lambda path: row.code)
     assert "older code" not in report.table([row])
+
+
+def test_every_script_is_known():
+    """What is not would be left out of the README without a word."""
+    assert set(SCRIPTS) <= report.ALGORITHMS.keys()
+    found = {path.name for path in results.RESULTS.iterdir() if path.is_dir()}
+    assert found <= report.ALGORITHMS.keys()
 
 
 def test_results_of_another_script_are_refused(collected):

@@ -20,6 +20,8 @@ from unittest import mock
 import pytest
 from conftest import ROOT, TESTS, checkpoint, environ, metrics, same, without_times
 
+from benchmark import report
+from benchmark.results import read_run
 from benchmark.sweep import main
 
 SHORT = "--num-envs 2 --num-steps 64 --num-minibatches 4 --update-epochs 2 --eval-episodes 2"
@@ -163,6 +165,28 @@ def test_overrides(tmp_path):
     assert all("--env-id probes:" in x for x in commands("--env-ids", "probes:Probe-v0"))
     assert all(line.endswith("--gamma 0.5") for line in commands("--args=--gamma 0.5"))
     assert all("--track" in line for line in commands("--track"))
+
+
+def test_a_group_can_have_a_name(tmp_path):
+    """It tells two groups apart that have script and environment in common."""
+    group = "[[runs]]\nscripts = ['ppo_continuous']\nenv_ids = ['Pendulum-v1']\n"
+    path, root = tmp_path / "two.toml", tmp_path / "r"
+    short = f"args = {f'{SHORT} --total-timesteps 512'.split()}\n"
+    named = group + "name = 'long view'\n" + short.replace("]", ", '--gamma', '0.999']")
+    path.write_text(f"seeds = [1]\n{group}{short}{named}")
+    lines = plan(path, "--run-root", root, "--dry-run").stdout.splitlines()
+    assert len(lines) == 2 and "'Pendulum-v1, long view__ppo_continuous__1'" in shlex.join(
+        [Path(word).name for word in shlex.split(lines[1])]
+    )
+    sweep(path, "--run-root", root)
+    runs = [read_run(folder) for folder in folders(root)]
+    assert [run["title"] for run in runs] == ["Pendulum-v1", "Pendulum-v1, long view"]
+    assert [row.env_id + row.label for row in report.group(runs)] == [run["title"] for run in runs]
+    path.write_text(f"seeds = [1]\n{group}{group}")
+    done = plan(path, "--run-root", root, "--dry-run", code=2)
+    assert "ppo_continuous on Pendulum-v1 stands there twice" in done.stderr
+    path.write_text(f"seeds = [1]\n{group}name = '../x'\n")
+    assert "name ../x" in plan(path, "--run-root", root, "--dry-run", code=2).stderr
 
 
 @pytest.mark.parametrize(
