@@ -23,7 +23,7 @@ FIELD_VARIANTS: dict[str, str] = {
     "anneal_lr": "PPO names its source",
     "env_id": "Q-learning: Atari too",
 }
-LINES = {"double_dqn_per": 1200}  # in all; every other script at most 1130
+LINES = {"double_dqn_per": 1211}  # in all; every other script at most 1130
 COMMON_FLAGS = """env_id seed total_timesteps num_envs device torch_threads compile run_dir track
 wandb_project_name wandb_entity capture_video checkpoint_frequency resume evaluate eval_frequency
 eval_episodes env_kwargs async_envs""".split()
