@@ -1160,7 +1160,7 @@ class Run:
             print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)
 
     def evaluate(self) -> None:
-        """Play whole episodes, from the same seed each time, and log them, but not after a signal."""
+        """Play whole episodes, each time from the same seed, and log them unless a signal came."""
         before, video = torch.get_rng_state(), self.args.capture_video
         env = make_env(self.args, "rgb_array" if video else None)
         if video:
