@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Row(NamedTuple):
-    """The same work for a script and a peer; the first warm_up of total steps are not measured."""
+    """The same work for a script and its peers; the first warm_up of total steps do not count."""
 
     script: str
     arguments: str
@@ -38,14 +38,14 @@ PPO = """--num-envs 8 --num-steps 256 --update-epochs 10 --num-minibatches 32
 --no-recompute-advantages --target-kl None"""
 DQN = """--train-frequency 10 --batch-size 128 --buffer-size 10000 --learning-starts 10000
 --target-frequency 500 --tau 1 --learning-rate 2.5e-4 --exploration-steps 30000
---epsilon-end 0.05"""
+--epsilon-end 0.05 --loss huber"""
 PONG = """--train-frequency 4 --batch-size 32 --buffer-size 10000 --learning-starts 1000
 --target-frequency 1000 --optimizer adam --learning-rate 1e-4 --epsilon-start 0.1
 --epsilon-end 0.1 --device cpu"""
-CHEETAH = ("sb3_ppo.py", "HalfCheetah-v5", 81_920, 20_480)
+CHEETAH = ("ppo.py", "HalfCheetah-v5", 81_920, 20_480)
 CARTPOLE, ATARI = (
-    ("sb3_dqn.py", "CartPole-v1", 60_000, 20_000),
-    ("sb3_dqn.py", "ALE/Pong-v5", 5000, 2000),
+    ("dqn.py", "CartPole-v1", 60_000, 20_000),
+    ("dqn.py", "ALE/Pong-v5", 5000, 2000),
 )
 ROWS = {
     "PPO, HalfCheetah": Row("ppo_continuous.py", PPO, *CHEETAH),
@@ -58,7 +58,9 @@ ROWS = {
 WORK = """PPO: 8 environments x 256 steps, 10 epochs, minibatches of 64, 64-64 tanh networks,
 observations and rewards normalised, advantages computed once a rollout. DQN, CartPole: a gradient
 step on 128 transitions every 10 steps, 120-84 network. DQN, Pong: one on 32 every 4 steps of 4
-frames, network of Mnih et al. 2015, Adam."""
+frames, network of Mnih et al. 2015, Adam. Both sides of DQN use Huber's loss; the peers' also clip
+gradients. SBX is Stable-Baselines3 in JAX, bound to one core."""
+PEERS = {"stable_baselines3": "Stable-Baselines3", "sbx": "SBX"}
 
 
 SCALING = {  # script -> its work in the tables about scaling
@@ -103,24 +105,33 @@ def our_speeds(row: Row, more: str = "", copies: int = 1) -> list[float]:
     return speeds
 
 
-def peer_speed(row: Row) -> float:
-    words = [f"benchmark/peers/{row.peer}", row.env_id, str(row.total), str(row.warm_up)]
+def peer_speed(row: Row, library: str) -> float:
+    words = [f"benchmark/peers/{row.peer}", library, row.env_id, str(row.total), str(row.warm_up)]
     return float(finish(start(sys.executable, *words)))
 
 
 def peers(pairs: int, only: str) -> None:
-    """The same work as a peer does, in alternating runs."""
-    print(f"{WORK} One thread, median of {pairs} alternating pairs.\n")
-    print("| | our steps/s | Stable-Baselines3 steps/s | ratio (smallest to largest) |")
-    print("|---|---|---|---|")
-    for name, row in ROWS.items():
-        if only not in name:
+    """The same work as peers do, in alternating runs."""
+    print(f"{WORK} One thread, median of {pairs} alternating rounds.\n")
+    names = PEERS.values()
+    print(f"| | our steps/s | {' | | '.join(f'{name} steps/s' for name in names)} | |")
+    print("|---|---|" + "---|---|" * len(names))
+    for title, row in ROWS.items():
+        if only not in title:
             continue
-        measured = [(our_speeds(row)[0], peer_speed(row)) for _ in range(pairs)]
-        ratios = sorted(ours / theirs for ours, theirs in measured)
-        ours, theirs = (statistics.median(side) for side in zip(*measured, strict=True))
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {spread} |", flush=True)
+        libraries = [x for x in PEERS if x != "sbx" or not row.env_id.startswith("ALE/")]
+        rounds = [
+            (our_speeds(row)[0], *(peer_speed(row, library) for library in libraries))
+            for _ in range(pairs)
+        ]
+        ours, *theirs = zip(*rounds, strict=True)
+        cells = [f"{statistics.median(ours):,.0f}"]
+        for speeds in theirs:
+            ratios = sorted(a / b for a, b in zip(ours, speeds, strict=True))
+            spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            cells += [f"{statistics.median(speeds):,.0f}", spread]
+        cells += [""] * 2 * (len(PEERS) - len(libraries))
+        print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
 
 def median_speeds(

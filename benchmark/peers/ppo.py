@@ -1,11 +1,15 @@
-"""Stable-Baselines3's PPO on the work that benchmark/speed.py names; prints steps per second."""
+"""A peer's PPO on the work that benchmark/speed.py names; prints steps per second.
 
+python benchmark/peers/ppo.py {stable_baselines3,sbx} ENV_ID TOTAL WARM_UP
+"""
+
+import importlib
+import os
 import sys
 import time
 
 import mujoco
 import torch
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -24,11 +28,16 @@ class Clock(BaseCallback):
         self.marks.append((time.perf_counter(), self.num_timesteps))
 
 
-def main(env_id: str, total_timesteps: int, warm_up: int) -> None:
+def main(library: str, env_id: str, total_timesteps: int, warm_up: int) -> None:
     torch.set_num_threads(1)
+    if library == "sbx":  # JAX makes a thread for each core that it may use
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    PPO = importlib.import_module(library).PPO
     mujoco.set_mju_user_warning(lambda message: None)  # it would write MUJOCO_LOG.TXT
     envs = VecNormalize(make_vec_env(env_id, n_envs=8, seed=1))
-    network = {"net_arch": [64, 64], "activation_fn": torch.nn.Tanh}
+    network = {"net_arch": [64, 64]}
+    if library == "stable_baselines3":
+        network["activation_fn"] = torch.nn.Tanh  # the other's default
     model = PPO(
         "MlpPolicy", envs, n_steps=256, batch_size=64, n_epochs=10, learning_rate=3e-4, seed=1,
         device="cpu", policy_kwargs=network,
@@ -41,4 +50,4 @@ def main(env_id: str, total_timesteps: int, warm_up: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,11 +1,15 @@
-"""Stable-Baselines3's DQN on the work that benchmark/speed.py names; prints steps per second."""
+"""A peer's DQN on the work that benchmark/speed.py names; prints steps per second.
 
+python benchmark/peers/dqn.py {stable_baselines3,sbx} ENV_ID TOTAL WARM_UP
+"""
+
+import importlib
+import os
 import sys
 import time
 
 import ale_py  # noqa: F401  registers the games
 import torch
-from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack
@@ -24,8 +28,11 @@ class Clock(BaseCallback):
         return True
 
 
-def main(env_id: str, total_timesteps: int, warm_up: int) -> None:
+def main(library: str, env_id: str, total_timesteps: int, warm_up: int) -> None:
     torch.set_num_threads(1)
+    if library == "sbx":  # JAX makes a thread for each core that it may use
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    DQN = importlib.import_module(library).DQN
     if env_id.startswith("ALE/"):
         # frame skip, picture, clipped rewards and lives by its wrappers; no sticky actions
         raw = {"frameskip": 1, "repeat_action_probability": 0.0}
@@ -48,4 +55,4 @@ def main(env_id: str, total_timesteps: int, warm_up: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
