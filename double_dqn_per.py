@@ -140,7 +140,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = Default(500_000, atari=10_000_000)
-    """Environment steps over all environments together; rounded up to whole iterations."""
+    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = Default("cpu", atari="auto")
@@ -755,7 +755,7 @@ def parse_args(args_class: type) -> Any:
             name = name.replace("_", "-")
             stop(f"error: {flag} {folder}: --{name} is {was} there and cannot become {now}")
     if args.total_timesteps > old.total_timesteps:
-        warn("what falls or rises until --total-timesteps, as a learning rate, jumps back")
+        warn("schedules, such as that of the learning rate, jump: they end at the new total")
     return args
 
 
