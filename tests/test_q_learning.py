@@ -522,6 +522,19 @@ def test_an_atari_run_resumes_bit_for_bit(q_script, tmp_path, monkeypatch):
     assert_same_end(tmp_path / "a", tmp_path / "b")
 
 
+def test_games_that_step_together_step_as_in_turn(q_script):
+    pytest.importorskip("ale_py")
+    module, seen = load(q_script), []
+    for step in (module.ParallelGames.step, module.SyncVectorEnv.step):
+        envs = module.make_envs(module.Args(env_id="ALE/Breakout-v5", num_envs=3))
+        rng = np.random.default_rng(0)
+        seen.append([step(envs, rng.integers(4, size=3))[:3] for _ in range(200)])
+    for together, in_turn in zip(*seen, strict=True):
+        for left, right in zip(together, in_turn, strict=True):
+            np.testing.assert_array_equal(left, right)
+    assert any(terminations.any() for _, _, terminations in seen[0])
+
+
 def test_sticky_actions_reach_the_game(q_script):
     pytest.importorskip("ale_py")
     module = load(q_script)
