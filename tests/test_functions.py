@@ -41,6 +41,8 @@ def test_gae_by_hand(ppo):
     # deltas: 1 + 0.5 * 3 - 2 = 0.5; 1 + 0.5 * 5 - 3 = 0.5; 1 + 0 - 4 = -3
     actual = ppo.compute_gae(*column, terminations, dones, 0.5, 0.5)
     assert actual.flatten().tolist() == [0.5 + 0.25 * 0.5, 0.5, -3.0]
+    column[2][2] = torch.nan  # the value after a termination does not count
+    assert torch.equal(ppo.compute_gae(*column, terminations, dones, 0.5, 0.5), actual)
 
 
 def test_gaussian_log_prob_and_entropy(ppo):

@@ -219,12 +219,25 @@ def test_targets_by_hand():
     assert plain.tolist() == [1 + 10, 2 + 20, 3]
     next_values = torch.tensor([20.0, 40.0, 60.0])
     assert load("dqn").td_target(rewards, terminations, next_values, 0.5).tolist() == [11, 22, 3]
+    next_values[2] = torch.nan  # of a termination, it does not count
+    for name in Q_SCRIPTS:
+        targets = load(name).td_target(rewards, terminations, next_values, 0.5)
+        assert targets.tolist() == [11, 22, 3]
 
 
 def test_schedule(q_script):
     module = load(q_script)
     values = [module.linear_schedule(step, 100, 1.0, 0.1) for step in (0, 50, 100, 1000)]
     assert values == pytest.approx([1, 0.55, 0.1, 0.1])
+
+
+def test_polyak_update_copies_buffers(q_script):
+    """Batch statistics, say, which are no parameters."""
+    online, target = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    online(torch.randn(50, 3) + 5)
+    load(q_script).polyak_update(target, online, 0.1)
+    assert torch.equal(target.running_mean, online.running_mean)
+    assert target.num_batches_tracked == 1
 
 
 def test_polyak_update(q_script):
