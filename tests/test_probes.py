@@ -120,6 +120,14 @@ def test_the_learning_rate_falls_on_a_line(tmp_path):
     assert rates == pytest.approx([0.003 * x for x in (1, 0.75, 0.5, 0.25)])
 
 
+def test_the_entropy_bonus_widens_the_policy(tmp_path):
+    """Where all actions are worth the same, it alone acts on the spread."""
+    run("ppo_continuous", "--env-id", "probes:Probe-v0", "--run-dir", tmp_path / "r",
+        "--ent-coef", 0.5, "--learning-rate", 0.01, "--total-timesteps", 2048)  # fmt: skip
+    first, *_, last = (line["losses/entropy"] for line in training(tmp_path / "r"))
+    assert last > first + 0.1
+
+
 def test_target_kl_ends_the_epochs_early(tmp_path):
     learn(tmp_path / "free", "Target", "--total-timesteps", "1024", "--target-kl", "None")
     learn(tmp_path / "held", "Target", "--total-timesteps", "1024", "--target-kl", "1e-4")

@@ -384,6 +384,9 @@ def test_epsilon_is_the_share_of_random_actions(q_script, tmp_path, epsilon):
     actions = checkpoint(tmp_path)["buffer"]["actions"][:1500]
     counts = torch.bincount(actions[actions >= 0], minlength=2)
     assert counts.max() / counts.sum() == pytest.approx(1 - epsilon / 2, abs=0.04)
+    # each environment explores on its own: all four are greedy as often as that makes it
+    together = (actions[actions >= 0].view(-1, 4) == counts.argmax()).all(1).float().mean()
+    assert together == pytest.approx((1 - epsilon / 2) ** 4, abs=0.08)
 
 
 @pytest.mark.parametrize("num_envs", [1, 4, 8])
