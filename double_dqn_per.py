@@ -570,10 +570,12 @@ def make_envs(args: Args) -> VectorEnv:
     def env_fn() -> gym.Env:
         if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
         return make_env(args)
 
     apart = args.async_envs and not args.evaluate
+    if apart:  # the signal with which Python ends its children would not end them
+        atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
     together = ParallelGames if args.atari else SyncVectorEnv
     vector_env = AsyncVectorEnv if apart else together
     envs = vector_env([env_fn] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -684,6 +686,7 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> PrioritizedReplayBuff
 
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
 LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
 
 
@@ -761,7 +764,8 @@ def parse_args(args_class: type) -> Any:
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
-    tqdm.write(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+        tqdm.write(message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -893,13 +897,11 @@ def close(envs: gym.Env | VectorEnv) -> None:
     """Close environments, once. An error in that costs a line, not the run."""
     if not getattr(envs, "closed", False):
         for env in getattr(envs, "envs", [envs]):
-            try:
-                env.close()
+            try:  # without waiting for a process that is dead or in the middle of a step
+                env.close(**({"timeout": 0} if hasattr(env, "processes") else {}))
             except Exception as error:
                 warn(f"an environment could not be closed: {error!r}")
         envs.closed = True  # so that neither Gymnasium nor the end of the process does it again
-        for process in getattr(envs, "processes", ()):
-            process.kill()
 
 
 class Run:
@@ -1004,16 +1006,20 @@ class Run:
                 self.dir.mkdir(parents=True, exist_ok=self.args.run_dir is not None)
                 tries = 0
             except FileExistsError:
-                if self.args.run_dir:
+                if self.args.run_dir or not self.dir.exists():  # a link that leads nowhere
                     raise
                 tries += 1
                 self.dir = self.dir.with_name(f"{name}__{tries}")  # begun in the same second
+        held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
         self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
+        LOCKS[self.dir.resolve()] = self.script
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
+            if held:
+                fcntl.flock(held, fcntl.LOCK_UN)
             try:
-                fcntl.lockf(self.script, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
+                fcntl.flock(self.script, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 stop(f"error: --run-dir {self.dir}: another process trains in it")
 
     def open_folder(self) -> None:
@@ -1031,12 +1037,12 @@ class Run:
             self.result = {name: last.get(name, math.nan) for name in names}
         about["args"] = asdict(self.args) | {"resume": None, "evaluate": None}
         metrics = "".join(json.dumps(line) + "\n" for line in lines)
-        self.write_whole("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
-        self.write_whole("metrics.jsonl", lambda file: file.write(metrics.encode()))
-        if not self.args.resume and self.dir.resolve() != SCRIPT.parent:
+        if not self.args.resume and not SCRIPT.samefile(self.dir / SCRIPT.name):
             self.script.truncate(0)
             self.script.write(SCRIPT.read_bytes())
             self.script.flush()
+        self.write_whole("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+        self.write_whole("metrics.jsonl", lambda file: file.write(metrics.encode()))
 
     def start_wandb(self) -> None:
         """Log online where a key and the network allow it, otherwise offline; never ask."""
@@ -1065,7 +1071,8 @@ class Run:
             os.kill(os.getpid(), number)
         if not self.signal:
             self.signal, self.signal_time = number, time.monotonic()
-            os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
 
     def stop_if_asked(self, flag: str = "--resume") -> None:
         """End here if a signal came."""
@@ -1157,7 +1164,8 @@ class Run:
         if self.bar.disable and time.time() > self.last_line + 10:
             self.last_line = time.time()
             times = f"{speed:.0f}/s, {(total - step) / speed:.0f} s left"
-            print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)
 
     def evaluate(self) -> None:
         """Play whole episodes, each time from the same seed, and log them unless a signal came."""

@@ -17,6 +17,7 @@ import torch
 from conftest import (
     DISCRETE,
     ONE,
+    QUICK,
     ROOT,
     assert_same_end,
     checkpoint,
@@ -448,3 +449,36 @@ def test_progress_stays_within_its_bounds(tmp_path):
     steps, total, left = re.search(r"(\d+)/(\d+) steps, .*, (\S+) s left", done.stderr).groups()
     assert int(steps) <= int(total) and int(left) >= 0
     assert without_times(metrics(tmp_path / "r"))[0]["global_step"] == 1000
+
+
+def test_a_run_through_a_link_to_the_script_leaves_it_whole(tmp_path):
+    """The folder is the link's: the copy that a run makes would be the script itself."""
+    (tmp_path / "exp").mkdir()
+    shutil.copyfile(ROOT / f"{ONE}.py", tmp_path / f"{ONE}.py")
+    (tmp_path / "exp" / f"{ONE}.py").symlink_to(tmp_path / f"{ONE}.py")
+    before = (tmp_path / f"{ONE}.py").read_bytes()
+    words = [sys.executable, f"{ONE}.py", *QUICK[ONE].split(), "--run-dir", "."]
+    subprocess.run(words, cwd=tmp_path / "exp", env=environ(), check=True, capture_output=True)
+    assert (tmp_path / f"{ONE}.py").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_dead_process_of_an_environment_ends_the_run(tmp_path):
+    folder = tmp_path / "r"
+    process = start(ONE, "--run-dir", folder, *RARE, "--async-envs", "--total-timesteps", 10**6)
+    wait_for_step(process, folder, 256)
+    processes = children(process.pid)
+    os.kill(processes[-1], signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode == 1 and not any(map(alive, processes))
+
+
+def test_what_reads_the_messages_may_be_gone(tmp_path):
+    """Ctrl-C ends `tee`, too; the checkpoint is saved all the same."""
+    folder = tmp_path / "r"
+    process = start(ONE, "--run-dir", folder, *RARE, "--total-timesteps", 10**7)
+    wait_for_step(process, folder, 128)
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=30)
+    assert checkpoint(folder)["global_step"] == metrics(folder)[-1]["global_step"]

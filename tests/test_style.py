@@ -23,7 +23,7 @@ FIELD_VARIANTS: dict[str, str] = {
     "anneal_lr": "PPO names its source",
     "env_id": "Q-learning: Atari too",
 }
-LINES = {"double_dqn_per": 1211}  # in all; every other script at most 1130
+LINES = {"double_dqn_per": 1220}  # in all; every other script at most 1140
 COMMON_FLAGS = """env_id seed total_timesteps num_envs device torch_threads compile run_dir track
 wandb_project_name wandb_entity capture_video checkpoint_frequency resume evaluate eval_frequency
 eval_episodes env_kwargs async_envs""".split()
@@ -111,7 +111,7 @@ def test_layout_of_a_script(script):
     train = definitions(text)["train"]
     positions = [train.find(f"# {banner}\n") for banner in BANNERS]
     assert -1 not in positions and positions == sorted(positions)
-    assert len(lines) <= LINES.get(script, 1130)
+    assert len(lines) <= LINES.get(script, 1140)
     loop = next(n for n, line in enumerate(lines, 1) if line.startswith("    while "))
     assert loop < 400 and "def train(" in "\n".join(lines[:loop])
 
