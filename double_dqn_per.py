@@ -433,11 +433,11 @@ def train(args: Args) -> None:
                 with torch.no_grad():
                     target_q = target_network(batch.next_obs)
                     online_q = q_network(batch.next_obs) if args.double else target_q
-                targets = double_q_target(
+                targets = double_q_target(  # A
                     batch.rewards, batch.terminations, online_q, target_q, args.gamma
                 )
                 beta = linear_schedule(global_step, args.total_timesteps, args.priority_beta, 1)
-                weights = importance_weights(probabilities, beta).float().to(device)
+                weights = importance_weights(probabilities, beta).float().to(device)  # B, 3.4
 
                 # 4. Update
                 if args.anneal_lr:
@@ -446,7 +446,7 @@ def train(args: Args) -> None:
                 optimizer.zero_grad()
                 step_metrics, td_errors = gradient_step(batch.obs, batch.actions, targets, weights)
                 optimizer.step()
-                buffer.set_priorities(indices, td_errors.cpu().numpy())
+                buffer.set_priorities(indices, td_errors.cpu().numpy())  # B, 3.3
                 minibatch_metrics.append(step_metrics)
             if due(global_step, args.target_frequency):
                 polyak_update(target_network, q_network, args.tau)
@@ -640,7 +640,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     old_name = args.env_id.split("NoFrameskip")[0].split("Deterministic")[0].split("-v")[0]
     render = {"render_mode": render_mode} if render_mode else {}
     with making(args):
-        with contextlib.suppress(ImportError if not args.atari else ()):
+        if args.atari or importlib.util.find_spec("ale_py"):
             __import__("ale_py")  # registers the games
         if args.atari:
             return ReplayableEnv(AtariGame(args, render_mode))

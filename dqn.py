@@ -392,7 +392,7 @@ def train(args: Args) -> None:
                 # 3. Targets
                 batch = Batch(*(part.to(device) for part in buffer.sample(args.batch_size, rng)))
                 with torch.no_grad():
-                    next_values = target_network(batch.next_obs).amax(1)
+                    next_values = target_network(batch.next_obs).amax(1)  # Algorithm 1
                 targets = td_target(batch.rewards, batch.terminations, next_values, args.gamma)
 
                 # 4. Update
@@ -556,7 +556,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     old_name = args.env_id.split("NoFrameskip")[0].split("Deterministic")[0].split("-v")[0]
     render = {"render_mode": render_mode} if render_mode else {}
     with making(args):
-        with contextlib.suppress(ImportError if not args.atari else ()):
+        if args.atari or importlib.util.find_spec("ale_py"):
             __import__("ale_py")  # registers the games
         if args.atari:
             return ReplayableEnv(AtariGame(args, render_mode))

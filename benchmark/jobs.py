@@ -22,9 +22,10 @@ from typing import IO
 from benchmark.results import ROOT, code_hash
 
 USERS_MISTAKE, NOT_FINITE = 2, 3  # exit codes of the scripts that a second try would repeat
-NEUTRAL = "run_dir resume evaluate track wandb_project_name wandb_entity capture_video"
-NEUTRAL += " checkpoint_frequency eval_frequency async_envs"
-NEUTRAL = set(NEUTRAL.split())  # arguments that leave the numbers alone
+NEUTRAL = set(  # arguments that leave the numbers alone
+    """run_dir resume evaluate track wandb_project_name wandb_entity capture_video
+    checkpoint_frequency eval_frequency async_envs""".split()
+)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ def code_hash(path: Path) -> str:
     infrastructure, and of the parts of that which step, seed and evaluate.
     """
     text = path.read_text()
-    tree, end = ast.parse(text), text.partition(INFRASTRUCTURE)[0].count("\n")
+    tree, end = ast.parse(text), text.partition(INFRASTRUCTURE)[0].count("\n") + 1
     below = [node for part in tree.body if part.lineno > end for node in ast.walk(part)]
-    kept = [part for part in tree.body if part.lineno <= end or INFRASTRUCTURE not in text]
+    kept = [part for part in tree.body if part.lineno <= end]
     kept += [node for node in below if names(node) & set(STEPPING)]
     kept = [part for part in kept if not isinstance(part, ast.Expr)]  # the docstring
     for node in (node for part in kept for node in ast.walk(part)):

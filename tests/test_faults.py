@@ -32,7 +32,7 @@ from conftest import (
     same,
     without_times,
 )
-from test_resume import HUGE, RARE, start, wait_for_step
+from test_resume import HUGE, RARE, start, wait_for_begin, wait_for_step
 
 
 def go(script, name, folder, *arguments, **options):
@@ -269,9 +269,7 @@ def test_no_process_is_left(tmp_path, number):
 def test_two_processes_in_one_folder(tmp_path):
     folder = tmp_path / "r"
     process = start(ONE, "--run-dir", folder, "--total-timesteps", 10**7, *HUGE)
-    while not (folder / "metrics.jsonl").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_for_begin(process, folder)
     done = run(ONE, "--resume", folder, quick=False, code=2)
     assert "another process" in done.stderr and str(folder) in done.stderr
     process.kill()

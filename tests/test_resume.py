@@ -46,6 +46,21 @@ def wait_for_step(process, folder, step):
     raise TimeoutError
 
 
+def wait_for_begin(process, folder):
+    """Until the run has its folder."""
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def kill_at(step, folder, *arguments):
+    """Start a run, and kill it once it has logged this step."""
+    process = start(ONE, "--run-dir", folder, *arguments)
+    wait_for_step(process, folder, step)
+    process.kill()
+    process.communicate()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     runs = {}
@@ -116,10 +131,7 @@ def test_killed_again_and_again(undisturbed, tmp_path):
 
 def test_killed_before_the_first_checkpoint(undisturbed, tmp_path):
     folder = tmp_path / "early"
-    process = start(ONE, "--run-dir", folder, *RARE)
-    wait_for_step(process, folder, 128)
-    process.kill()
-    process.communicate()
+    kill_at(128, folder, *RARE)
     assert not (folder / "checkpoint.pt").exists()
     run(ONE, "--resume", folder, quick=False)
     assert_same_end(folder, undisturbed(ONE))
@@ -143,9 +155,7 @@ def test_signals_checkpoint_and_say_how_to_go_on(undisturbed, tmp_path, number):
 def test_a_later_second_signal_ends_at_once(tmp_path):
     folder = tmp_path / "stopped"
     process = start(ONE, "--run-dir", folder, "--total-timesteps", 10**7, *HUGE)
-    while not (folder / "metrics.jsonl").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_for_begin(process, folder)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     time.sleep(2.3)  # sooner, it would count as the same wish
@@ -204,10 +214,7 @@ def test_training_can_be_prolonged(script, tmp_path):
 
 def test_torn_and_extra_lines_are_cut(undisturbed, tmp_path):
     folder = tmp_path / "torn"
-    process = start(ONE, "--run-dir", folder, *LONG)
-    wait_for_step(process, folder, 1500)
-    process.kill()
-    process.communicate()
+    kill_at(1500, folder, *LONG)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"global_step": 99999, "wall_time": 1.0}\n{"global_st')
     run(ONE, "--resume", folder, quick=False)

@@ -135,6 +135,15 @@ def test_same_seed_same_run_and_evaluations_do_not_disturb(script, finished, tmp
     assert same(checkpoint(folder), checkpoint(tmp_path / "b"))
 
 
+def test_every_evaluation_plays_the_same_episodes(tmp_path):
+    """Returns that are the seed's alone do not change while the policy learns."""
+    words = ["--env-id", "probes:Counting-v0", "--run-dir", tmp_path / "r"]
+    run(ONE, *words, "--eval-frequency", 128, "--eval-episodes", 10)
+    name = "eval/episodic_return"
+    returns = [line[name] for line in metrics(tmp_path / "r") if name in line]
+    assert len(returns) == 4 and len(set(returns)) == 1
+
+
 def test_another_seed_is_another_run(script, finished, tmp_path):
     _, folder = finished(script)
     run(script, "--run-dir", tmp_path / "b", "--seed", 2)
