@@ -798,7 +798,7 @@ class ReplayableEnv(gym.Wrapper):
         self.lost_episode = True
         with contextlib.suppress(Exception):  # an episode that differs may raise anything
             self.reset()
-            for action in saved["actions"]:
+            for action in saved["actions"].copy():  # some environments change their action
                 self.step(action)
             now = self.snapshot
             same = (np.array_equal(now[x], saved[x], equal_nan=True) for x in self.SAVED)

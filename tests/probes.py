@@ -1,5 +1,6 @@
 """Tiny environments whose optimal values are known, and some that misbehave; "probes:Name-v0"."""
 
+import multiprocessing
 import os
 import pathlib
 import random
@@ -367,6 +368,15 @@ class Blank(Drawn):
 
     def render(self):
         return None
+
+
+class Stillborn(Fifty):
+    """In processes of their own, all but the first fail to be made; BIRTH_MARKER names a file."""
+
+    def __init__(self):
+        if multiprocessing.parent_process():
+            with open(os.environ["BIRTH_MARKER"], "x"):  # the others find the file
+                pass
 
 
 class Slow(Fifty):

@@ -471,6 +471,12 @@ def test_a_dead_process_of_an_environment_ends_the_run(tmp_path):
     assert process.returncode == 1 and not any(map(alive, processes))
 
 
+def test_an_environment_that_its_process_cannot_make(tmp_path):
+    """The other processes must not keep the run from ending."""
+    words = ["--env-id", "probes:Stillborn-v0", "--run-dir", tmp_path / "r", "--async-envs"]
+    run_process(ONE, *words, code=1, BIRTH_MARKER=str(tmp_path / "born"))
+
+
 def test_what_reads_the_messages_may_be_gone(tmp_path):
     """Ctrl-C ends `tee`, too; the checkpoint is saved all the same."""
     folder = tmp_path / "r"
