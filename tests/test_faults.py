@@ -328,6 +328,22 @@ def test_a_signal_in_an_evaluation_between(tmp_path):
     assert_same_end(folder, tmp_path / "calm")
 
 
+def test_a_signal_ends_an_evaluation_after_its_step(finished, monkeypatch):
+    """And not after its episode, which may take hours."""
+    folder, steps = finished(ONE)[1], []
+    step = load(ONE).ReplayableEnv.step
+
+    def count(env, action):
+        steps.append(action)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(env, action)
+
+    monkeypatch.setattr(load(ONE).ReplayableEnv, "step", count)
+    run(ONE, "--evaluate", folder, quick=False, code=143)
+    assert len(steps) <= 4
+
+
 def test_an_evaluation_that_fails_costs_nothing(tmp_path, monkeypatch):
     """What was trained before is saved."""
     module = load(ONE)
@@ -485,4 +501,5 @@ def test_what_reads_the_messages_may_be_gone(tmp_path):
     process.stderr.close()
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=30)
+    assert process.returncode == 143
     assert checkpoint(folder)["global_step"] == metrics(folder)[-1]["global_step"]
