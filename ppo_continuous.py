@@ -114,7 +114,7 @@ class Args:
     """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
     norm_obs: bool = True
     """Normalise observations by running mean and variance (arXiv:2005.12729)."""
-    obs_clip: float = 10.0
+    obs_clip: float = 50.0
     """Clip normalised observations to [-obs_clip, obs_clip]."""
     norm_reward: bool = True
     """Divide rewards by the running std of the return, clip them to 10 (arXiv:2005.12729)."""
