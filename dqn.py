@@ -66,7 +66,7 @@ from tqdm import tqdm
 
 class Default:
     """Default of a flag as (vectors, Atari). Atari values are the published ones, except as listed
-    above; total_timesteps is a fifth of the published."""
+    above and total_timesteps."""
 
     def __init__(self, vectors: Any, atari: Any) -> None:
         self.vectors, self.atari = vectors, atari

@@ -30,7 +30,16 @@ QUICK = {
     "--buffer-size 400 --batch-size 16 --total-timesteps 512 --eval-episodes 2",
 }
 QUICK["double_dqn_per"] = QUICK["dqn"]
-DISCRETE = {"dqn", "double_dqn_per"}  # scripts whose actions are numbers
+QUICK["a2c"] = (
+    "--env-id Pendulum-v1 --num-envs 2 --num-steps 16 --critic-steps 2 --log-frequency 128 "
+    "--total-timesteps 512 --eval-episodes 2"
+)
+QUICK["reinforce"] = (  # episodes of 64 steps, so that an iteration has 128
+    "--env-id Pendulum-v1 --num-envs 2 --critic-steps 4 --critic-batch-size 32 "
+    '--env-kwargs {"max_episode_steps":64} --total-timesteps 512 --eval-episodes 2'
+)
+DISCRETE = {"dqn", "double_dqn_per"}  # scripts that take no continuous actions
+ON_POLICY = [x for x in SCRIPTS if x in ("reinforce", "a2c", "ppo_continuous", "trpo")]
 # The infrastructure is the same bytes in every script (test_style.py), so what checks these bytes
 # alone, and neither a script's `state` nor its spaces nor its loop, runs on this one.
 ONE = "ppo_continuous"

@@ -15,15 +15,21 @@ VARIANTS: dict[str, str] = {
     "make_envs": "games of Atari step at the same time",
     "make_env": "the spaces that an algorithm can handle differ",
     "make_buffer": "the class of the replay memory differs",
+    "make_optimizer": "RMSProp in the form that the published results of each algorithm used",
     "check_args": "each algorithm has its own arguments",
 }
 # Args fields that differ in type and help between scripts, with the reason.
 FIELD_VARIANTS: dict[str, str] = {
     "learning_rate": "of Adam, or of the optimizer that is chosen",
     "anneal_lr": "PPO names its source",
-    "env_id": "Q-learning: Atari too",
+    "env_id": "some scripts: Atari too",
+    "critic_learning_rate": "a2c: not on Atari",
+    "optimizer": "the form of RMSProp differs",
+    "norm_adv": "in minibatches, in the batch, or without the mean",
+    "max_grad_norm": "of both networks together, or of each",
+    "log_std_init": "PPO names its source",
 }
-LINES = {"double_dqn_per": 1220}  # in all; every other script at most 1140
+LINES = {"double_dqn_per": 1220, "a2c": 1320, "reinforce": 1150}  # in all; others at most 1140
 COMMON_FLAGS = """env_id seed total_timesteps num_envs device torch_threads compile run_dir track
 wandb_project_name wandb_entity capture_video checkpoint_frequency resume evaluate eval_frequency
 eval_episodes env_kwargs async_envs""".split()

@@ -1,0 +1,1316 @@
+"""Advantage actor-critic (A2C), complete in this one file.
+
+A policy gradient that does not wait for the end of the episode. After a few steps in each of many
+environments, the critic V estimates what comes after them, and one gradient step follows on both
+networks. V serves twice: as the baseline that says which returns are better than expected, and as
+the bootstrap that ends the sum of rewards early. The n-step return is the one of Mnih et al. 2016,
+arXiv:1602.01783; lambda mixes all n-step returns (arXiv:1506.02438, whose equation numbers follow).
+With --num-steps 1 --gae-lambda 0 this is the actor-critic with the one-step TD error.
+
+    for each iteration:
+        run the policy for num_steps in each of num_envs environments
+        delta_t = r_t + gamma V(s_t+1) - V(s_t)                                       (eq. 10)
+        A_t = delta_t + gamma lambda A_t+1, R_t = A_t + V(s_t)                         (eq. 16)
+        (no V(s_t+1) after a termination, no A_t+1 after the end of any episode)
+        one step on -mean of log pi(a_t|s_t) A_t + c1 (V(s_t) - R_t)^2 / 2 - c2 entropy
+        critic_steps - 1 further steps on (V(s_t) - R_t)^2
+
+    python a2c.py --env-id HalfCheetah-v5 --seed 1
+    python a2c.py --env-id ALE/Pong-v5 --seed 1
+
+The paper's A3C has many workers that send gradients to one network without waiting for each other,
+so that a gradient belongs to a policy which is no longer the newest. To step all environments with
+one policy, and wait for all, learns at least as well, and uses processors and GPUs better
+(openai.com/index/openai-baselines-acktr-a2c). This synchronous form is called A2C.
+
+Deviations from the paper:
+- Where a time limit ends an episode, the return continues with V of its last observation
+  (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
+- With vector observations: separate networks for policy and value, which takes several steps for
+  each one of the policy; lambda of 0.95; normalised observations, rewards and advantages, as in
+  ppo_continuous.py. The paper's Atari values for the rest, with 4 frames as in A2C's own code.
+- Gradients are clipped, and the networks are initialised, as in published results of A2C.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class Default:
+    """Default of a flag as (vectors, Atari). Atari values are the published ones, except as listed
+    above and total_timesteps."""
+
+    def __init__(self, vectors: Any, atari: Any) -> None:
+        self.vectors, self.atari = vectors, atari
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        texts = [f"{x:_}" if type(x) is int else str(x) for x in (self.vectors, self.atari)]
+        text = tyro.conf.arg(help_behavior_hint=f"(default: {texts[0]}; on Atari {texts[1]})")
+        owner.__annotations__[name] = Annotated[owner.__annotations__[name], text]
+
+
+@dataclass(frozen=True)
+class Args:
+    # Algorithm
+    learning_rate: float = Default(1.5e-3, atari=7e-4)
+    """Step size of the optimizer at the start."""
+    critic_learning_rate: float = Default(1e-3, atari=7e-4)
+    """Step size for the critic at the start; Atari's shared network has only the other."""
+    anneal_lr: bool = True
+    """Lower the learning rates linearly over the run, to 0 at its end."""
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"
+    """Optimizer; rmsprop in TensorFlow's form, which published results used."""
+    precision: Literal["highest", "medium", "bfloat16"] = "highest"
+    """Matrix products in float32 (highest), faster ones (medium), bfloat16 in Atari's network."""
+    gamma: float = 0.99
+    """Discount factor per environment step."""
+    gae_lambda: float = Default(0.95, atari=1.0)
+    """Lambda of the advantages: 0 is the TD error, 1 the Monte Carlo return (arXiv:1506.02438)."""
+    num_steps: Count = Default(8, atari=5)
+    """Steps of each environment per iteration."""
+    critic_steps: Count = Default(10, atari=1)
+    """Gradient steps of the critic for each one of the policy."""
+    norm_adv: bool = Default(True, atari=False)
+    """Normalise advantages in each batch."""
+    vf_coef: float = 0.5
+    """Weight c1 of the value loss, which is half the mean squared error."""
+    ent_coef: float = Default(0.0, atari=0.01)
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """Largest norm of a network's gradient; a longer gradient is scaled down to it."""
+    log_std_init: float = -0.5
+    """Initial log std of continuous actions; their bounds here are [-1, 1]."""
+    log_frequency: Count = 2000
+    """Environment steps per iteration; each iteration ends with a line of metrics."""
+
+    # Environment
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium environment; "module:Name-v0" imports the module first, "ALE/Name-v5" is Atari."""
+    num_envs: Count = 16
+    """Environments stepped together."""
+    env_kwargs: Json = field(default_factory=dict)
+    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
+    async_envs: bool = False
+    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
+    norm_obs: bool = Default(True, atari=False)
+    """Normalise observations by running mean and variance (arXiv:2005.12729)."""
+    obs_clip: float = 50.0
+    """Clip normalised observations to [-obs_clip, obs_clip]."""
+    norm_reward: bool = Default(True, atari=False)
+    """Divide rewards by the running std of the return, clip them to 10 (arXiv:2005.12729)."""
+    sticky_actions: float = 0.0
+    """Atari: probability that a frame repeats the last action. DQN papers: 0, Gymnasium: 0.25."""
+    clip_rewards: bool = True
+    """Atari: learn from rewards clipped to [-1, 1]; logged returns are the game's own."""
+    episodic_life: bool = True
+    """Atari: learn as if a lost life ended the episode; the game goes on."""
+
+    # Run
+    seed: Count = 1
+    """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
+    total_timesteps: Count = Default(1_000_000, atari=10_000_000)
+    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
+    run_dir: Text = None
+    """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = Default("cpu", atari="auto")
+    """Where the networks live. auto: a GPU if there is one; small networks run faster on a CPU."""
+    torch_threads: Count = 1
+    """CPU threads of torch; small networks gain nothing from a second one."""
+    compile: bool = False
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    track: bool = False
+    """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
+    wandb_project_name: str = "deep-rl"
+    """Weights & Biases project."""
+    wandb_entity: Text = None
+    """Weights & Biases team or user; by default your own."""
+    capture_video: bool = False
+    """Record the first episode of every evaluation in the run folder's videos/."""
+    checkpoint_frequency: Count = 100_000
+    """Environment steps between checkpoints, in whole iterations; 0: at the end and on a signal."""
+    resume: Text = None
+    """Run folder to continue from its checkpoint and with its arguments; exact on a CPU."""
+    evaluate: Text = None
+    """Run folder whose checkpoint to evaluate; trains nothing and writes nothing but videos."""
+    eval_frequency: Count = 0
+    """Environment steps between evaluations, in whole iterations; 0: only at the end."""
+    eval_episodes: Count = 10
+    """Whole episodes per evaluation, played with the deterministic policy."""
+
+    @property
+    def atari(self) -> bool:
+        """Whether the environment is a game, played from its pictures."""
+        return self.env_id.startswith("ALE/")
+
+    def __post_init__(self) -> None:
+        resolve_defaults(self)
+        check_args(self)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+def linear(in_dim: int, out_dim: int, gain: float) -> nn.Linear:
+    """Linear layer with orthogonal weights of the given gain and zero bias."""
+    layer = nn.Linear(in_dim, out_dim)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def tanh_mlp(in_dim: int, out_dim: int, out_gain: float) -> nn.Sequential:
+    """Two hidden layers of 64 tanh units. Shapes: (..., in_dim) -> (..., out_dim)."""
+    hidden = [linear(in_dim, 64, 2**0.5), nn.Tanh(), linear(64, 64, 2**0.5), nn.Tanh()]
+    return nn.Sequential(*hidden, linear(64, out_dim, out_gain))
+
+
+class CategoricalActor(nn.Module):
+    """Policy over numbered actions. Shapes: obs (..., obs_dim) -> logits (..., num_actions)."""
+
+    def __init__(self, obs_dim: int, num_actions: int) -> None:
+        super().__init__()
+        self.logits = tanh_mlp(obs_dim, num_actions, out_gain=0.01)  # nearly uniform at the start
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.logits(obs)
+
+
+class GaussianActor(nn.Module):
+    """Policy: independent Gaussians. The mean depends on the observation, the spread does not.
+
+    Shapes: obs (..., obs_dim) -> mean (..., action_dim), log_std (action_dim,).
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, log_std_init: float) -> None:
+        super().__init__()
+        self.mean = tanh_mlp(obs_dim, action_dim, out_gain=0.01)  # means start close to 0
+        self.log_std = nn.Parameter(torch.zeros(action_dim) + log_std_init)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean(obs), self.log_std
+
+
+class ValueCritic(nn.Module):
+    """State value V(s), in units of the scaled reward. Shapes: obs (..., obs_dim) -> (...)."""
+
+    def __init__(self, obs_dim: int) -> None:
+        super().__init__()
+        self.value = tanh_mlp(obs_dim, 1, out_gain=1.0)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.value(obs).squeeze(-1)
+
+
+# ---- Mathematics of the policy gradient ----------------------------------------------------------
+
+# What an actor returns: logits (..., num_actions), or mean (..., action_dim) and log_std.
+Policy = Tensor | tuple[Tensor, Tensor]
+
+
+def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """Log-density of actions under independent Gaussians, summed over the action dimensions.
+
+    Shapes: mean, actions (..., action_dim), log_std (action_dim,) -> (...).
+    """
+    z = (actions - mean) * torch.exp(-log_std)
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """Entropy in nats of independent Gaussians. Shapes: log_std (action_dim,) -> ()."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+def log_prob(policy: Policy, actions: Tensor) -> Tensor:
+    """Log-probability of numbered actions, log-density of continuous ones.
+
+    Shapes: actions (...) or (..., action_dim) -> (...).
+    """
+    if isinstance(policy, tuple):
+        return gaussian_log_prob(*policy, actions)
+    return policy.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+
+
+def entropy(policy: Policy) -> Tensor:
+    """Entropy in nats, for each observation. Shapes: (...)."""
+    if isinstance(policy, tuple):
+        mean, log_std = policy
+        return gaussian_entropy(log_std).expand(mean.shape[:-1])
+    log_probs = policy.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def sample(policy: Policy, rng: Rng) -> Tensor:
+    """Random actions. Shapes: (...) or (..., action_dim)."""
+    if isinstance(policy, tuple):
+        mean, log_std = policy
+        noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32)).to(mean.device)
+        return mean + log_std.exp() * noise
+    noise = torch.from_numpy(rng.gumbel(size=policy.shape)).to(policy)
+    return (policy + noise).argmax(-1)  # Gumbel's trick: distributed as softmax(logits)
+
+
+def mode(policy: Policy) -> Tensor:
+    """The most probable actions. Shapes: (...) or (..., action_dim)."""
+    return policy[0] if isinstance(policy, tuple) else policy.argmax(-1)
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tensor, dones: Tensor,
+    gamma: float, gae_lambda: float,
+) -> Tensor:
+    """Generalised advantage estimates.
+
+    A termination removes the value of the next observation. Any end of an episode, also by a time
+    limit, cuts the recursion. next_values[t] is V of the observation that followed actions[t].
+
+    Shapes: all (T, N) -> (T, N). Source: Schulman et al. 2016, eq. 16; 2017, eq. 11 and 12.
+    """
+    td_errors = rewards + gamma * next_values.masked_fill(terminations > 0, 0) - values
+    decay = gamma * gae_lambda * (1 - dones)
+    advantages = torch.zeros_like(rewards)
+    next_advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        next_advantage = td_errors[t] + decay[t] * next_advantage
+        advantages[t] = next_advantage
+    return advantages
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """Share of the returns' variance that values predict, at most 1. Shapes: (...) -> ()."""
+    return 1 - (returns - values).var(correction=0) / returns.var(correction=0)
+
+
+# ---- Buffer and training -------------------------------------------------------------------------
+
+
+def stack_steps(steps: list[tuple], device: torch.device) -> list[Tensor]:
+    """Tensors (T, num_envs, ...) from T tuples of arrays (num_envs, ...); fractions as float32."""
+    stacked = [torch.stack([torch.as_tensor(x) for x in part]) for part in zip(*steps, strict=True)]
+    to_float32 = (torch.float64, torch.bool)
+    return [x.to(device, torch.float32 if x.dtype in to_float32 else x.dtype) for x in stacked]
+
+
+def train(args: Args) -> None:
+    # Setup
+    device, rng = setup(args)
+    envs = make_envs(args)
+    torch.manual_seed(args.seed)  # for the initial weights; everything else draws from rng
+    obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
+    discrete = isinstance(action_space, gym.spaces.Discrete)
+    to_env = ActionNumbers(action_space) if discrete else ActionScaler(action_space)
+    agent = make_agent(args, obs_shape, to_env).to(device)
+    optimizer = make_optimizer(args, agent)
+    networks = [group["params"] for group in optimizer.param_groups]  # clipped apart
+    obs_normalizer = ObsNormalizer(*obs_shape, args.obs_clip) if args.norm_obs else nn.Identity()
+    obs_normalizer.to(device)
+    reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
+
+    def to_network(obs: np.ndarray | Tensor) -> Tensor:
+        """Observations as the networks take them. Shapes: (..., obs_dim), or Atari's bytes."""
+        obs = torch.as_tensor(obs)
+        return obs.to(device) if args.atari else obs_normalizer(obs.float().to(device))
+
+    @torch.no_grad()
+    def deterministic_policy(obs: np.ndarray) -> np.ndarray:
+        policy, _ = agent(to_network(obs[None]))
+        return to_env(mode(policy))[0]
+
+    def gradient_step(obs, actions, advantages, returns):
+        """Compute the gradients for the next step of the optimizer, and clip their norms."""
+        policy, values = agent(obs)
+        log_probs = log_prob(policy, actions)
+        assert log_probs.shape == values.shape == advantages.shape == returns.shape
+        policy_loss = -(log_probs * advantages).mean()
+        value_loss = 0.5 * (values - returns).square().mean()
+        bonus = entropy(policy).mean()
+        loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * bonus
+        loss.backward()
+        norms = [nn.utils.clip_grad_norm_(network, args.max_grad_norm) for network in networks]
+        return {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": value_loss.detach(),
+            "losses/entropy": bonus.detach(),
+            "losses/grad_norm": norms[0],
+        }
+
+    def critic_step(obs, returns):
+        """The same for the critic alone."""
+        loss = args.vf_coef * 0.5 * (agent.critic(obs) - returns).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(networks[1], args.max_grad_norm)
+
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
+        gradient_step = torch.compile(gradient_step, fullgraph=True)
+        critic_step = torch.compile(critic_step, fullgraph=True)
+    state = {"agent": agent, "optimizer": optimizer, "rng": rng}
+    state |= {"obs_normalizer": obs_normalizer, "reward_scaler": reward_scaler}
+    run = Run(args, device, envs, state, deterministic_policy)
+    global_step = run.restore() if args.resume or args.evaluate else 0
+    if args.evaluate:
+        run.finish()
+        return
+    reward_scaler.running_return[run.lost_episodes] = 0
+    run.begin()
+    obs, lives = np.stack(envs.get_attr("obs")), count_lives(args, envs)
+    update_metrics = []
+    update_steps = args.num_envs * args.num_steps
+    iteration_steps = math.ceil(args.log_frequency / update_steps) * update_steps
+    last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
+
+    while global_step < last_step:
+        if args.anneal_lr:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * (1 - global_step / last_step)
+        steps = []
+        for _ in range(args.num_steps):
+            # 1. Act
+            with torch.no_grad():
+                policy, values = agent(to_network(obs))
+                actions = sample(policy, rng)
+
+            # 2. Step the environments
+            last_obs = obs
+            obs, rewards, terminations, truncations, infos = envs.step(to_env(actions))
+            global_step += args.num_envs
+            dones = terminations | truncations
+            cut_values = torch.zeros_like(values)
+            if dones.any():  # obs is already the next episode's first there
+                ended = infos["final_info"]
+                run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
+            if truncations.any():
+                final_obs = np.stack(infos["final_obs"][truncations])
+                with torch.no_grad():
+                    cut_values[truncations] = agent(to_network(final_obs))[1]
+            if args.atari and args.clip_rewards:  # to learn from; logged returns are the game's
+                rewards = rewards.clip(-1, 1)
+            if args.atari and args.episodic_life:
+                last_lives, lives = lives, count_lives(args, envs)
+                terminations = terminations | ((lives < last_lives) & ~dones)
+            ends = terminations | truncations
+            step = last_obs, actions, values, rewards, terminations, ends, cut_values
+            steps.append(step)
+
+        # 3. Targets
+        stacked = stack_steps(steps, device)
+        observed, actions, values, rewards, terminations, dones, cut_values = stacked
+        if args.norm_reward:
+            reward_scaler.observe(rewards, dones)
+            rewards = reward_scaler(rewards)
+        with torch.no_grad():
+            _, last_values = agent(to_network(obs))
+        next_values = torch.cat([values[1:], last_values[None]])
+        next_values = torch.where(dones > 0, cut_values, next_values)
+        advantages = compute_gae(  # eq. 10, 16
+            rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
+        )
+        returns = advantages + values
+        metrics = {
+            "losses/values": values.mean() * reward_scaler.scale,
+            "losses/explained_variance": explained_variance(values, returns),
+        }
+
+        # 4. Update
+        if args.norm_adv and update_steps > 1:  # the std of one sample is not defined
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        batch = to_network(observed), actions, advantages, returns
+        batch = [x.flatten(0, 1) for x in batch]
+        optimizer.zero_grad()
+        update_metrics.append(metrics | gradient_step(*batch))
+        optimizer.step()
+        for _ in range(args.critic_steps - 1):
+            optimizer.zero_grad()
+            critic_step(batch[0], batch[3])
+            optimizer.step()
+        if args.norm_obs:  # last, so that the policy was trained on what it saw
+            obs_normalizer.update(observed.flatten(0, 1).float())
+
+        # 5. Log, checkpoint, evaluate
+        if due(global_step, iteration_steps):
+            metrics = {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
+            for name in update_metrics[0]:
+                metrics[name] = torch.stack([x[name] for x in update_metrics]).mean().item()
+            update_metrics = []
+            run.end_iteration(global_step, metrics)
+    run.finish()
+
+
+def resolve_defaults(args: Args) -> None:
+    """Replace the defaults that depend on the environment by their values."""
+    for name, value in list(vars(args).items()):
+        if isinstance(value, Default):
+            chosen = value.atari if args.atari else value.vectors
+            object.__setattr__(args, name, chosen)  # as Args are frozen
+
+
+def check_args(args: Args) -> None:
+    """Raises: ValueError for values that make no sense."""
+    check_run_args(args)
+    counts = "num_steps critic_steps log_frequency"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "gamma gae_lambda sticky_actions", lambda x: 0 <= x <= 1, "between 0 and 1")
+    positive = "learning_rate critic_learning_rate max_grad_norm obs_clip"
+    require(args, positive, lambda x: 0 < x < math.inf, "above 0")
+    require(args, "vf_coef ent_coef", lambda x: 0 <= x < math.inf, "0 or more")
+    require(args, "log_std_init", lambda x: -20 <= x <= 2, "between -20 and 2")
+
+
+# ---- Networks and optimizer ----------------------------------------------------------------------
+
+
+class ActorCritic(nn.Module):
+    """Policy and value, from separate networks. Shapes: obs (B, obs_dim) -> policy, values (B,)."""
+
+    def __init__(self, actor: nn.Module, critic: nn.Module) -> None:
+        super().__init__()
+        self.actor, self.critic = actor, critic
+
+    def forward(self, obs: Tensor) -> tuple[Policy, Tensor]:
+        return self.actor(obs), self.critic(obs)
+
+
+class AtariActorCritic(nn.Module):
+    """Policy and value, from stacked frames; all layers but the last ones are shared.
+
+    Shapes: obs (B, 4, 84, 84), grey levels from 0 to 255 -> logits (B, num_actions), values (B,).
+    """
+
+    def __init__(self, num_frames: int, num_actions: int, bfloat16: bool) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16  # in the hidden layers; the last ones need float32
+        self.hidden = nn.Sequential(
+            orthogonal(nn.Conv2d(num_frames, 32, 8, stride=4)), nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, 3)), nn.ReLU(),
+            nn.Flatten(), orthogonal(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
+        )
+        self.logits, self.value = linear(512, num_actions, 0.01), linear(512, 1, 1.0)
+        self.to(memory_format=torch.channels_last)  # convolutions are faster in this layout
+
+    def forward(self, obs: Tensor) -> tuple[Policy, Tensor]:
+        obs = obs.contiguous(memory_format=torch.channels_last) / 255
+        with torch.autocast("cuda" if obs.is_cuda else "cpu", torch.bfloat16, self.bfloat16):
+            hidden = self.hidden(obs)
+        hidden = hidden.float()
+        return self.logits(hidden), self.value(hidden).squeeze(-1)
+
+
+def make_agent(args: Args, obs_shape: tuple[int, ...], to_env: Any) -> nn.Module:
+    """The networks for what is observed and done, in the precision that was asked for."""
+    torch.set_float32_matmul_precision("highest" if args.precision == "highest" else "medium")
+    if args.atari:
+        if args.critic_steps > 1 or args.norm_obs:
+            stop("error: on Atari, where one network sees bytes: --critic-steps 1 --no-norm-obs")
+        return AtariActorCritic(obs_shape[0], to_env.num_actions, args.precision == "bfloat16")
+    if isinstance(to_env, ActionNumbers):
+        actor = CategoricalActor(*obs_shape, to_env.num_actions)
+    else:
+        actor = GaussianActor(*obs_shape, to_env.dim, args.log_std_init)
+    return ActorCritic(actor, ValueCritic(*obs_shape))
+
+
+def make_optimizer(args: Args, agent: nn.Module) -> torch.optim.Optimizer:
+    """One group of parameters for each network; initial_lr is what its learning rate falls from."""
+    groups = [{"params": list(agent.parameters()), "initial_lr": args.learning_rate}]
+    if not args.atari:
+        groups = [
+            {"params": list(agent.actor.parameters()), "initial_lr": args.learning_rate},
+            {"params": list(agent.critic.parameters()), "initial_lr": args.critic_learning_rate},
+        ]
+    for group in groups:
+        group["lr"] = group["initial_lr"]
+    if args.optimizer == "adam":
+        return torch.optim.Adam(groups, eps=1e-5, fused=True)
+    return RMSpropTF(groups, alpha=0.99, eps=1e-5)
+
+
+class RMSpropTF(torch.optim.Optimizer):
+    """RMSProp as in TensorFlow: the mean square of gradients starts at 1, epsilon is in the root.
+
+    A parameter without a gradient stays as it is. Source: Tieleman and Hinton 2012, lecture 6.5.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], alpha: float, eps: float) -> None:
+        super().__init__(groups, {"alpha": alpha, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [x for x in group["params"] if x.grad is not None]
+            if not parameters:
+                continue
+            gradients = [x.grad for x in parameters]
+            for x in parameters:
+                if not self.state[x]:
+                    self.state[x]["mean_square"] = torch.ones_like(x)
+            mean_squares = [self.state[x]["mean_square"] for x in parameters]
+            torch._foreach_mul_(mean_squares, group["alpha"])
+            torch._foreach_addcmul_(mean_squares, gradients, gradients, 1 - group["alpha"])
+            roots = torch._foreach_sqrt(torch._foreach_add(mean_squares, group["eps"]))
+            torch._foreach_addcdiv_(parameters, gradients, roots, -group["lr"])
+
+
+def orthogonal(layer: nn.Module) -> nn.Module:
+    """The layer with orthogonal weights of gain sqrt(2) and zero bias."""
+    nn.init.orthogonal_(layer.weight, 2**0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def due(step: int, frequency: int) -> bool:
+    """Whether something that happens every `frequency` steps happens at this step."""
+    return step % frequency == 0
+
+
+# ---- Running statistics, environments, actions ---------------------------------------------------
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of everything that `update` has seen. Shapes: mean, var (dim,)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.tensor(1e-4))
+
+    def update(self, batch: Tensor) -> None:
+        """Add a batch to the statistics. Shapes: batch (B, dim). Source: Chan et al. 1979, 2.1."""
+        size = len(batch)
+        delta = batch.mean(0) - self.mean
+        total = self.count + size
+        squares = self.var * self.count + batch.var(0, correction=0) * size
+        self.var = (squares + delta.square() * self.count * size / total) / total
+        self.mean = self.mean + delta * size / total
+        self.count = total
+
+
+class ObsNormalizer(RunningMoments):
+    """Shifts and scales observations to mean 0, variance 1. Shapes: (..., obs_dim) -> the same."""
+
+    def __init__(self, obs_dim: int, clip: float) -> None:
+        super().__init__(obs_dim)
+        self.clip = clip
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-self.clip, self.clip)
+
+
+class RewardScaler(RunningMoments):
+    """Divides rewards by the running std of the discounted return, then clips them to 10.
+
+    Subtracting a mean would change which behaviour is best. Shapes: rewards (T, N) -> the same.
+    """
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        super().__init__(1)
+        self.gamma = gamma
+        self.register_buffer("running_return", torch.zeros(num_envs))
+
+    def observe(self, rewards: Tensor, dones: Tensor) -> None:
+        """Add a rollout to the statistics. Shapes: rewards, dones (T, N)."""
+        returns = torch.zeros_like(rewards)
+        for t in range(len(rewards)):
+            returns[t] = self.running_return * self.gamma + rewards[t]
+            self.running_return = returns[t].masked_fill(dones[t] > 0, 0)  # a new episode
+        self.update(returns.reshape(-1, 1))
+
+    @property
+    def scale(self) -> Tensor:
+        return (self.var + 1e-8).sqrt()
+
+    def forward(self, rewards: Tensor) -> Tensor:
+        return (rewards / self.scale).clamp(-10, 10)
+
+
+def make_envs(args: Args) -> VectorEnv:
+    """`num_envs` environments. One whose episode ends is reset in the same step."""
+
+    def env_fn() -> gym.Env:
+        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+        return make_env(args)
+
+    apart = args.async_envs and not args.evaluate
+    if apart:  # the signal with which Python ends its children would not end them
+        atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
+    together = ParallelGames if args.atari else SyncVectorEnv
+    vector_env = AsyncVectorEnv if apart else together
+    envs = vector_env([env_fn] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    atexit.register(close, envs)
+    seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
+    envs.reset(seed=[int(seed) for seed in seeds])
+    return envs
+
+
+class ParallelGames(SyncVectorEnv):
+    """Games that step at the same time, each in a thread of its own."""
+
+    def step(self, actions: np.ndarray) -> tuple:
+        for env, action in zip(self.envs, actions, strict=True):
+            env.unwrapped.send(action)
+        return super().step(actions)
+
+
+class AtariGame(gym.Env):
+    """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
+
+    Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
+    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops. `lives` counts those left.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
+
+    def __init__(self, args: Args, render_mode: str | None) -> None:
+        from ale_py.vector_env import AtariVectorEnv
+
+        options = {"reward_clipping": False, "repeat_action_probability": args.sticky_actions}
+        game = gym.spec(args.env_id).kwargs["game"]
+        self.game = AtariVectorEnv(game, num_envs=1, num_threads=1, **options, **args.env_kwargs)
+        self.observation_space = self.game.single_observation_space
+        self.action_space, self.render_mode = self.game.single_action_space, render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        obs, info = self.game.reset(seed=seed)
+        self.frames, self.lives = obs[0], int(info["lives"][0])
+        self.begun = False
+        return self.frames, {}
+
+    def send(self, action: np.ndarray) -> None:
+        """Begin a step; `step` waits for its end."""
+        self.game.send(np.array([action]))
+        self.begun = True
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        if not self.begun:
+            self.send(action)
+        self.begun = False
+        obs, rewards, terminations, truncations, info = self.game.recv()
+        self.frames, self.lives = obs[0], int(info["lives"][0])
+        return self.frames, float(rewards[0]), bool(terminations[0]), bool(truncations[0]), {}
+
+    def render(self) -> np.ndarray:
+        return np.repeat(self.frames[-1][:, :, None], 3, axis=2)
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment with Box or Discrete actions, and vectors or Atari's pictures to observe."""
+    old_name = args.env_id.split("NoFrameskip")[0].split("Deterministic")[0].split("-v")[0]
+    render = {"render_mode": render_mode} if render_mode else {}
+    with contextlib.suppress(ImportError):
+        __import__("mujoco").set_mju_user_warning(lambda message: None)  # no MUJOCO_LOG.TXT
+    with making(args):
+        if args.atari or importlib.util.find_spec("ale_py"):
+            __import__("ale_py")  # registers the games
+        if args.atari:
+            return ReplayableEnv(AtariGame(args, render_mode))
+        if f"ALE/{old_name}-v5" in gym.registry:
+            raise gym.error.NameNotFound(f"this game is ALE/{old_name}-v5 today")
+        env = gym.make(args.env_id, **(args.env_kwargs | render))
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box | gym.spaces.Discrete):
+        stop(f"error: --env-id {args.env_id}: needs Box or Discrete actions, this one has {space}")
+    return ReplayableEnv(flatten_observations(args, env))
+
+
+def count_lives(args: Args, envs: VectorEnv) -> np.ndarray:
+    """Lives that are left in each game; 0 in what is none. Shapes: (num_envs,)."""
+    return np.array(envs.get_attr("lives") if args.atari else [0] * args.num_envs)
+
+
+class ActionNumbers:
+    """Numbers the actions of a Discrete space. Shapes: tensor (...) from 0 -> array from start."""
+
+    def __init__(self, space: gym.spaces.Discrete) -> None:
+        self.num_actions, self.start = int(space.n), int(space.start)
+
+    def __call__(self, actions: Tensor) -> np.ndarray:
+        return actions.cpu().numpy() + self.start
+
+
+class ActionScaler:
+    """Clips actions into a Box. In bounded dimensions, [-1, 1] is first mapped to [low, high].
+
+    Shapes: tensor (..., dim) -> array (..., *box.shape) of the box's dtype.
+    """
+
+    def __init__(self, box: gym.spaces.Box) -> None:
+        float_dtype = np.result_type(box.dtype, np.float32)  # integers would overflow
+        self.low, self.high = (x.flatten().astype(float_dtype) for x in (box.low, box.high))
+        self.box, self.dim = box, len(self.low)
+
+    def __call__(self, actions: Tensor) -> np.ndarray:
+        unscaled = actions.cpu().numpy()
+        if not np.isfinite(unscaled).all():
+            stop("error: the policy's action is not finite; the last checkpoint is kept", 3)
+        low, high = self.low, self.high
+        with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
+            scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
+            inside = np.clip(np.where(np.isfinite(high - low), scaled, unscaled), low, high)
+        if not np.issubdtype(self.box.dtype, np.floating):
+            inside = np.rint(inside)
+        return inside.astype(self.box.dtype).reshape((*actions.shape[:-1], *self.box.shape))
+
+
+# ---- Run infrastructure: the same bytes in every script ------------------------------------------
+
+SCRIPT = Path(__file__).resolve()
+SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
+LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
+
+
+def parse_count(text: str) -> int:
+    """Read a whole number that may be written 1000000, 1_000_000 or 1e6."""
+    if not float(text).is_integer():
+        raise ValueError(f"not a whole number: {text}")
+    return int(float(text)) if "e" in text.lower() or "." in text else int(text)
+
+
+def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
+    """Annotation of a flag that is read by `parse` and printed by `show`."""
+    return Annotated[
+        kind,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+        ),
+    ]
+
+
+Count = flag_type(int, "INT", parse_count, "{:_}".format)
+Json = flag_type(dict, "JSON", json.loads, json.dumps)
+Text = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+
+
+def require(args: Any, names: str, allowed: Callable[[Any], bool], text: str) -> None:
+    """Check fields of the arguments. Raises: ValueError, which tyro reports with exit code 2."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not allowed(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be {text}, got {value}")
+
+
+def check_run_args(args: Any) -> None:
+    """Check the arguments that every script has. Raises: ValueError."""
+    counts = "total_timesteps num_envs eval_episodes torch_threads"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
+    require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
+    require(args, "env_kwargs", lambda x: isinstance(x, dict), "a JSON object")
+    require(args, "resume evaluate", lambda x: x != "", "the path of a run folder")
+    require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
+
+
+def parse_args(args_class: type) -> Any:
+    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
+    args = tyro.cli(args_class, default=args_class())
+    flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
+    if folder is None:  # again, as defaults may depend on the environment
+        return tyro.cli(args_class, default=args_class(env_id=args.env_id))
+    try:
+        about = json.loads(Path(folder, "args.json").read_text())
+        if about["script"] != SCRIPT.name:
+            stop(f"error: {flag} {folder}: a run of {about['script']}: use that script")
+        if about["sha256"] != SHA256:
+            warn(f"{SCRIPT.name} has changed since {folder} began")
+        names = {field.name for field in fields(args_class)} & about["args"].keys()
+        here = {"run_dir": folder, "resume": args.resume, "evaluate": args.evaluate}
+        old = args_class(**{name: about["args"][name] for name in names} | here)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        stop(f"error: {flag} {folder}: not a complete run folder: {error!r}")
+    args = tyro.cli(args_class, default=old)
+    free = "device torch_threads track capture_video eval_episodes "
+    free += "eval_frequency checkpoint_frequency total_timesteps" if args.resume else "seed"
+    for name, was in asdict(old).items():
+        now = getattr(args, name)
+        if now != was and (name not in free.split() or (name == "total_timesteps" and now < was)):
+            name = name.replace("_", "-")
+            stop(f"error: {flag} {folder}: --{name} is {was} there and cannot become {now}")
+    if args.total_timesteps > old.total_timesteps:
+        warn("schedules, such as that of the learning rate, jump: they end at the new total")
+    return args
+
+
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+        tqdm.write(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def setup(args: Any) -> tuple[torch.device, Rng]:
+    """Set the number of threads. Returns the device and the generator of this run."""
+    found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    if args.device not in ["auto", *found]:
+        stop(f"error: --device {args.device}: torch finds none here; use auto or cpu")
+    device = torch.device(found[0] if args.device == "auto" else args.device)
+    compiles = args.compile and not args.evaluate and device.type == "cpu"
+    if compiles and not shutil.which(os.environ.get("CXX", "g++")):
+        stop("error: --compile needs a C++ compiler, such as g++, and found none")
+    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a display
+    sys.path.append("")  # so that "module:Name-v0" is found in the working directory, too
+    torch.set_num_threads(args.torch_threads)
+    return device, Rng(np.random.PCG64(args.seed))
+
+
+class Rng(np.random.Generator):
+    """The run's own random numbers; an environment may seed or use NumPy's global ones."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.bit_generator.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bit_generator.state = state
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Which code runs, and on what."""
+    names = [x for x in ("torch", "gymnasium", "numpy", "mujoco") if x in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in names}
+    about = {"script": SCRIPT.name, "sha256": SHA256, "git": None, "device": str(device)}
+    with contextlib.suppress(OSError):  # without git, the commit is None
+        git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "HEAD"]
+        about["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return about | {"versions": versions | {"python": sys.version.split()[0]}}
+
+
+@contextlib.contextmanager
+def making(args: Any) -> Iterator[None]:
+    """Turn what keeps an environment from being made into a one-line exit."""
+    try:
+        yield
+    except Exception as error:  # environments refuse --env-kwargs in many ways
+        if not args.env_kwargs and not isinstance(error, gym.error.Error | ImportError):
+            raise
+        kwargs = f" --env-kwargs '{json.dumps(args.env_kwargs)}'" if args.env_kwargs else ""
+        stop(f"error: --env-id {args.env_id}{kwargs}: {str(error) or repr(error)}")
+
+
+def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
+    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
+    numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
+    parts = {"it": space}
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts = dict(space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space))
+    for key, part in parts.items():
+        if not isinstance(part, numbers) or len(part.shape) > 2:
+            stop(f"error: --env-id {args.env_id}: needs vectors to observe, but {key} is {part}")
+    is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if is_vector else gym.wrappers.FlattenObservation(env)
+
+
+class ReplayableEnv(gym.Wrapper):
+    """An environment that is saved as the seed of its current episode and the actions since.
+
+    Restoring repeats the actions, which is exact if reset(seed) determines the episode; if it comes
+    out different, a new one starts. `info` holds return and length on an episode's last step.
+    """
+
+    SAVED = ("seed", "episode", "length", "episodic_return", "actions", "obs")
+    lost_episode = False  # whether the last restoring came out different
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        if seed is not None:
+            self.seed, self.episode = seed, 0
+        episode_seed = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
+        obs, _ = self.env.reset(seed=int(episode_seed) // 2, options=options)  # below 2**31
+        self.episode += 1
+        self.actions, self.length = [], 0
+        self.episodic_return = 0.0
+        self.obs = np.array(obs)
+        return self.obs, {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        if self.length < LONGEST_EPISODE:
+            self.actions.append(np.array(action))  # a copy: some environments change their action
+        obs, reward, termination, truncation, _ = self.env.step(action)
+        reward = np.asarray(reward).item()  # some environments return an array of one number
+        self.obs = np.array(obs)
+        self.length += 1
+        self.episodic_return += float(reward)
+        if not (termination or truncation):
+            return self.obs, reward, termination, truncation, {}
+        if not (math.isfinite(self.episodic_return) and np.isfinite(self.obs).all()):
+            warn("the environment sent a reward or an observation that is not finite")
+        ended = {"return": self.episodic_return, "length": self.length}
+        return self.obs, reward, termination, truncation, ended
+
+    @property
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """What restores the environment; setting it does so."""
+        return {name: np.array(getattr(self, name)) for name in self.SAVED}
+
+    @snapshot.setter
+    def snapshot(self, saved: dict[str, np.ndarray]) -> None:
+        self.seed, self.episode = int(saved["seed"]), int(saved["episode"]) - 1
+        self.lost_episode = True
+        with contextlib.suppress(Exception):  # an episode that differs may raise anything
+            self.reset()
+            for action in saved["actions"].copy():  # some environments change their action
+                self.step(action)
+            now = self.snapshot
+            same = (np.array_equal(now[x], saved[x], equal_nan=True) for x in self.SAVED)
+            self.lost_episode = not all(same)
+        if self.lost_episode:
+            warn("environment not restored, a new episode starts")
+            self.reset()
+
+
+def close(envs: gym.Env | VectorEnv) -> None:
+    """Close environments, once. An error in that costs a line, not the run."""
+    if not getattr(envs, "closed", False):
+        for env in getattr(envs, "envs", [envs]):
+            try:  # without waiting for a process that is dead or in the middle of a step
+                env.close(**({"timeout": 0} if hasattr(env, "processes") else {}))
+            except Exception as error:
+                warn(f"an environment could not be closed: {error!r}")
+        envs.closed = True  # so that neither Gymnasium nor the end of the process does it again
+
+
+class Run:
+    """A run and its folder. Knows nothing of the algorithm.
+
+    `state` names everything else that must survive a kill; each part has state_dict() and
+    load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
+    `policy` maps one observation to the deterministic action.
+    """
+
+    SAVED = ("global_step", "wall_time", "eval_due", "wandb_id")
+    TRAINING_ONLY = ("optimizer", "buffer", "rng")
+
+    def __init__(self, args: Any, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
+        self.args, self.device = args, device
+        self.envs, self.state = envs, state
+        self.policy = policy
+        name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
+        self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
+        self.eval_due = False  # whether an evaluation at this step is still to come
+        self.lost_episodes = np.zeros(args.num_envs, np.bool_)  # by environments, in restore
+        self.wandb, self.wandb_id = None, None
+        self.episodes = []  # (return, length) of those that ended since the last line of metrics
+        self.recent_return = "no episode yet"
+        self.result = {}  # the last evaluation, if nothing was learned since
+        self.bar, self.last_line = tqdm(disable=True), 0.0
+        self.signal, self.signal_time = 0, 0.0
+        self.refuse_what_would_fail()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    @property
+    def finished(self) -> bool:
+        return self.global_step >= self.args.total_timesteps
+
+    def again(self, flag: str = "--resume") -> str:
+        """A command that can be pasted anywhere."""
+        return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
+
+    def refuse_what_would_fail(self) -> None:
+        """Report the user's mistakes that can be seen before any file is written."""
+        new = self.args.run_dir and not self.args.resume and not self.args.evaluate
+        if new and (self.dir / "args.json").exists():
+            stop(f"error: --run-dir {self.dir} holds a run: name another, or --resume {self.dir}")
+        tracks = self.args.track and not self.args.evaluate
+        if tracks and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+            stop("error: --track needs wandb: pip install wandb, or leave it out")
+        if self.args.capture_video:
+            try:
+                import moviepy  # noqa: F401  RecordVideo needs it
+                with contextlib.closing(make_env(self.args, "rgb_array")) as env:
+                    env.reset(seed=0)
+                    frame, rate = env.render(), env.metadata.get("render_fps", 30)
+                if np.ndim(frame) != 3 or not rate:
+                    raise ValueError(f"{rate} frames per second, shape {np.shape(frame)}")
+            except Exception as error:  # each renderer raises its own
+                stop(f"error: --capture-video: cannot render {self.args.env_id} here: {error!r}")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn a write error into a one-line exit; complete files stay intact."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
+            way_out = f"make room, then {self.again()}, or name another --run-dir"
+            stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
+
+    def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+        """Write a file so that a kill at any instant leaves the old one or the new one."""
+        temporary = self.dir / f"{name}.tmp"
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.dir / name)
+
+    def begin(self) -> None:
+        """Start the clock, the run folder, wandb and the progress bar."""
+        self.start_time = time.time() - self.wall_time
+        with self.writing():
+            self.claim_folder()
+            self.open_folder()
+        if self.args.track:
+            self.start_wandb()
+        saved = [x for x in self.state.values() if isinstance(x, nn.Module)]
+        saved = {id(weight) for module in saved for weight in module.parameters()}
+        groups = [group for x in self.state.values() for group in getattr(x, "param_groups", ())]
+        if any(id(weight) not in saved for group in groups for weight in group["params"]):
+            warn("a network that is trained is not in `state`: a resume would lose it")
+        total, begun = self.args.total_timesteps, self.global_step
+        self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
+        if self.eval_due and not self.result:
+            self.evaluate()
+            self.stop_if_asked()
+
+    def claim_folder(self) -> None:
+        """Make the folder, if that is left to do, and keep other processes from training in it."""
+        name, tries = self.dir.name, 1
+        while tries:
+            try:
+                self.dir.mkdir(parents=True, exist_ok=self.args.run_dir is not None)
+                tries = 0
+            except FileExistsError:
+                if self.args.run_dir or not self.dir.exists():  # a link that leads nowhere
+                    raise
+                tries += 1
+                self.dir = self.dir.with_name(f"{name}__{tries}")  # begun in the same second
+        held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
+        self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
+        LOCKS[self.dir.resolve()] = self.script
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+            if held:
+                fcntl.flock(held, fcntl.LOCK_UN)
+            try:
+                fcntl.flock(self.script, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stop(f"error: --run-dir {self.dir}: another process trains in it")
+
+    def open_folder(self) -> None:
+        """Begin the files of a new run, or cut a resumed one's metrics back to its checkpoint."""
+        about, lines = describe(self.device), []
+        if self.args.resume:
+            about = json.loads((self.dir / "args.json").read_text())
+            with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: half a last line
+                for text in (self.dir / "metrics.jsonl").read_text().splitlines():
+                    lines.append(json.loads(text))
+        lines = [line for line in lines if line["global_step"] <= self.global_step]
+        last = lines[-1] if lines else {}
+        if last.get("eval/episodes") == self.args.eval_episodes:
+            names = ("eval/episodic_return", "eval/episodic_return_std", "eval/episodes")
+            self.result = {name: last.get(name, math.nan) for name in names}
+        about["args"] = asdict(self.args) | {"resume": None, "evaluate": None}
+        metrics = "".join(json.dumps(line) + "\n" for line in lines)
+        if not self.args.resume and not SCRIPT.samefile(self.dir / SCRIPT.name):
+            self.script.truncate(0)
+            self.script.write(SCRIPT.read_bytes())
+            self.script.flush()
+        self.write_whole("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+        self.write_whole("metrics.jsonl", lambda file: file.write(metrics.encode()))
+
+    def start_wandb(self) -> None:
+        """Log online where a key and the network allow it, otherwise offline; never ask."""
+        import wandb
+        os.environ["WANDB_CACHE_DIR"] = os.environ["WANDB_DATA_DIR"] = str(self.dir.resolve())
+        args, settings = self.args, wandb.Settings(silent=True, console="off", x_disable_stats=True)
+        for mode in (os.environ.get("WANDB_MODE", "online"), "offline"):
+            with contextlib.suppress(wandb.Error):  # no network, a wrong key, an unknown entity
+                if mode != "online" or wandb.login(prompt=False):
+                    self.wandb_id = self.wandb_id or os.urandom(4).hex()
+                    self.wandb = wandb.init(
+                        project=args.wandb_project_name, entity=args.wandb_entity, mode=mode,
+                        name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", dir=self.dir,
+                        id=self.wandb_id, resume="allow", config=asdict(args), settings=settings,
+                    )
+                    break
+        if mode == "offline":
+            tqdm.write(f"offline; later: wandb sync {self.dir}/wandb/offline-run-*", sys.stderr)
+        self.wandb.define_metric("global_step")
+        self.wandb.define_metric("*", step_metric="global_step")
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        if self.signal and time.monotonic() > self.signal_time + 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
+
+    def stop_if_asked(self, flag: str = "--resume") -> None:
+        """End here if a signal came."""
+        if self.signal:
+            self.bar.close()
+            stop(f"stopped; go on: {self.again(flag)}", 128 + self.signal)
+
+    def save_checkpoint(self) -> None:
+        checkpoint = {name: part.state_dict() for name, part in self.state.items()}
+        snapshots = self.envs.get_attr("snapshot")
+        checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
+        checkpoint |= {name: getattr(self, name) for name in self.SAVED}
+        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
+        with self.writing():
+            self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+    def restore(self) -> int:
+        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
+        path = self.dir / "checkpoint.pt"
+        if self.args.resume and not path.exists():
+            return 0  # killed before its first checkpoint
+        try:  # mmap: a replay memory is copied from the file, and never twice in memory
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for name, part in self.state.items():
+                if self.args.resume or not name.endswith(self.TRAINING_ONLY):
+                    part.load_state_dict(checkpoint[name])
+            vars(self).update({name: checkpoint[name] for name in self.SAVED})
+            if self.args.resume:
+                torch.set_rng_state(checkpoint["torch_rng"].clone())
+                snapshots = [{k: x.numpy() for k, x in s.items()} for s in checkpoint["envs"]]
+                self.envs.set_attr("snapshot", snapshots)
+                self.lost_episodes[:] = self.envs.get_attr("lost_episode")
+        except Exception as error:  # a damaged file can raise anything
+            stop(f"error: {path} is no checkpoint of this run: {error!r:.200}")
+        return self.global_step
+
+    def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Log; save and evaluate where it is due; end the run if a signal asked for it."""
+        previous, self.global_step = self.global_step, global_step
+
+        def passed(frequency: int) -> bool:
+            return frequency > 0 and global_step // frequency > previous // frequency
+
+        self.stop_unless_finite(metrics)
+        if self.episodes:
+            mean_return, mean_length = np.mean(self.episodes, axis=0).tolist()
+            metrics["charts/episodic_return"] = mean_return
+            metrics["charts/episodic_length"] = mean_length
+            metrics["charts/episodes"] = len(self.episodes)
+            self.recent_return = f"return {mean_return:.1f}"
+            self.episodes = []
+        self.wall_time = time.time() - self.start_time
+        metrics["charts/SPS"] = global_step / self.wall_time
+        self.write_metrics(metrics)
+        self.result = {}
+        self.eval_due = passed(self.args.eval_frequency) and not self.finished
+        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        if saved := bool(due or self.signal):
+            self.save_checkpoint()  # first, as evaluations take long and environments fail
+        self.show_progress(metrics["charts/SPS"])
+        if self.eval_due:
+            self.evaluate()
+        if saved and not self.finished:
+            self.stop_if_asked()
+
+    def stop_unless_finite(self, metrics: dict[str, float]) -> None:
+        """A NaN or infinity ends the run while its last checkpoint is still good."""
+        bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
+        for name, part in self.state.items():
+            if not name.endswith(self.TRAINING_ONLY):
+                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
+                bad += [name for tensor in tensors if not tensor.isfinite().all()]
+        if bad:
+            kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
+            stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        line = {"global_step": self.global_step, "wall_time": self.wall_time}
+        line |= {name: value for name, value in metrics.items() if math.isfinite(value)}
+        with self.writing(), open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log(line)
+
+    def show_progress(self, speed: float) -> None:
+        step, total = self.global_step, max(self.args.total_timesteps, self.global_step)
+        self.bar.set_postfix_str(self.recent_return, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.time() > self.last_line + 10:
+            self.last_line = time.time()
+            times = f"{speed:.0f}/s, {(total - step) / speed:.0f} s left"
+            with contextlib.suppress(OSError):
+                print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)
+
+    def evaluate(self) -> None:
+        """Play whole episodes, each time from the same seed, and log them unless a signal came."""
+        before, video = torch.get_rng_state(), self.args.capture_video
+        env = make_env(self.args, "rgb_array" if video else None)
+        if video:
+            folder, name = str(self.dir / "videos"), f"step-{self.global_step}"
+            gym.logger.min_level = gym.logger.ERROR  # RecordVideo warns of videos already there
+            env = gym.wrappers.RecordVideo(
+                env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True
+            )
+        seed = int(np.random.SeedSequence([self.args.seed, 1]).generate_state(1)[0])
+        returns = []
+        try:
+            while len(returns) < self.args.eval_episodes and not self.signal:
+                obs, _ = env.reset(seed=None if returns else seed)
+                returns.append(0.0)
+                for _ in range(LONGEST_EPISODE):
+                    obs, reward, termination, truncation, _ = env.step(self.policy(obs))
+                    returns[-1] += float(reward)
+                    if termination or truncation or self.signal:
+                        break
+        finally:
+            close(env)
+        torch.set_rng_state(before)
+        if self.signal:
+            return
+        if video and self.wandb:
+            from wandb import Video
+            clip = Video(f"{folder}/{name}-episode-0.mp4", format="mp4")
+            self.wandb.log({"global_step": self.global_step, "eval/video": clip})
+        self.result = {"eval/episodic_return": np.mean(returns)}
+        self.result |= {"eval/episodic_return_std": np.std(returns), "eval/episodes": len(returns)}
+        if not self.args.evaluate:
+            self.write_metrics(self.result)
+
+    def finish(self) -> None:
+        """Evaluate, unless that is done, and print the result as the last line of stdout."""
+        if not self.result:
+            self.evaluate()
+            self.stop_if_asked("--evaluate" if self.args.evaluate else "--resume")
+        mean, std, episodes = self.result.values()
+        self.bar.close()
+        result = f"eval mean_return={mean:.4f} std={std:.4f} episodes={episodes}"
+        print(f"{result} global_step={self.global_step} run_dir={self.dir}", flush=True)
+        close(self.envs)
+
+
+if __name__ == "__main__":
+    train(parse_args(Args))

@@ -1,0 +1,1149 @@
+"""REINFORCE, the Monte Carlo policy gradient, complete in this one file.
+
+The policy plays whole episodes. Then the probability of every action goes up or down in proportion
+to the return that followed it, less a baseline. On average this is a step along the gradient of the
+expected return, but single returns vary much. The two ideas that reduce the variance are switches
+here: an action is weighted by the rewards after it only (--reward-to-go), and a baseline says which
+returns are better than usual (--baseline). Williams 1992, doi:10.1007/BF00992696; with a learned
+baseline: Sutton et al. 1999, "Policy gradient methods for reinforcement learning"; for an overview,
+arXiv:1506.02438, whose equation numbers these are.
+
+    for each iteration:
+        play one whole episode in each of num_envs environments
+        G_t = r_t + gamma G_t+1                                  (the reward to go; section 2)
+        A_t = G_t - b          (no action may change its own b; constant, by time, or V(s_t))
+        one Adam step on -mean over episodes of sum over t of log pi(a_t|s_t) A_t       (eq. 1)
+        with b = V(s_t): gradient steps on (V(s_t) - G_t)^2
+
+    python reinforce.py --env-id CartPole-v1 --seed 1
+    python reinforce.py --env-id HalfCheetah-v5 --seed 1
+
+Deviations from the paper:
+- A time limit is not part of the task (arXiv:1712.00378). With --baseline value, the return goes on
+  with V of the episode's last observation. The other baselines have no V: the return ends with the
+  episode there, so that the last actions before the limit look worse than they are.
+- The return from each step is discounted from that step on. The exact gradient of the discounted
+  return has a factor gamma^t, too, which would nearly remove late steps from the sum.
+- Advantages are divided by their standard deviation, so that the units of the reward do not matter;
+  their mean is kept, because to subtract it would be a baseline.
+- Adam with a falling step size; the paper has plain gradient ascent.
+- Observations are normalised by running statistics, as in arXiv:2005.12729.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Args:
+    # Algorithm
+    learning_rate: float = 5e-3
+    """Step size of Adam at the start."""
+    anneal_lr: bool = True
+    """Lower the learning rates linearly over the run, to 0 at its end."""
+    gamma: float = 0.99
+    """Discount factor per environment step."""
+    reward_to_go: bool = True
+    """Weight an action by the rewards after it; without: by the return of the whole episode."""
+    baseline: Literal["none", "constant", "optimal", "time", "value"] = "value"
+    """Subtracted from returns: nothing; their mean; the constant of least variance; their mean at
+    the same time step; a learned V(s). All but the last come from the other episodes' returns."""
+    norm_adv: bool = True
+    """Divide advantages by their standard deviation."""
+    critic_learning_rate: float = 1e-3
+    """Step size for the critic at the start."""
+    critic_steps: Count = 40
+    """Gradient steps of the critic for each one of the policy."""
+    critic_batch_size: Count = 256
+    """Samples in a gradient step of the critic."""
+    log_std_init: float = -0.5
+    """Initial log std of continuous actions; their bounds here are [-1, 1]."""
+
+    # Environment
+    env_id: str = "CartPole-v1"
+    """Gymnasium environment; "module:Name-v0" imports the module first."""
+    num_envs: Count = 8
+    """Environments stepped together."""
+    env_kwargs: Json = field(default_factory=dict)
+    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
+    async_envs: bool = False
+    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
+    norm_obs: bool = True
+    """Normalise observations by running mean and variance (arXiv:2005.12729)."""
+    obs_clip: float = 50.0
+    """Clip normalised observations to [-obs_clip, obs_clip]."""
+    norm_returns: bool = True
+    """Let the critic learn returns that are divided by their running std."""
+
+    # Run
+    seed: Count = 1
+    """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
+    total_timesteps: Count = 1_000_000
+    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
+    run_dir: Text = None
+    """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
+    """Where the networks live. auto: a GPU if there is one; small networks run faster on a CPU."""
+    torch_threads: Count = 1
+    """CPU threads of torch; small networks gain nothing from a second one."""
+    compile: bool = False
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    track: bool = False
+    """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
+    wandb_project_name: str = "deep-rl"
+    """Weights & Biases project."""
+    wandb_entity: Text = None
+    """Weights & Biases team or user; by default your own."""
+    capture_video: bool = False
+    """Record the first episode of every evaluation in the run folder's videos/."""
+    checkpoint_frequency: Count = 100_000
+    """Environment steps between checkpoints, in whole iterations; 0: at the end and on a signal."""
+    resume: Text = None
+    """Run folder to continue from its checkpoint and with its arguments; exact on a CPU."""
+    evaluate: Text = None
+    """Run folder whose checkpoint to evaluate; trains nothing and writes nothing but videos."""
+    eval_frequency: Count = 0
+    """Environment steps between evaluations, in whole iterations; 0: only at the end."""
+    eval_episodes: Count = 10
+    """Whole episodes per evaluation, played with the deterministic policy."""
+
+    def __post_init__(self) -> None:
+        check_args(self)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+def linear(in_dim: int, out_dim: int, gain: float) -> nn.Linear:
+    """Linear layer with orthogonal weights of the given gain and zero bias."""
+    layer = nn.Linear(in_dim, out_dim)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def tanh_mlp(in_dim: int, out_dim: int, out_gain: float) -> nn.Sequential:
+    """Two hidden layers of 64 tanh units. Shapes: (..., in_dim) -> (..., out_dim)."""
+    hidden = [linear(in_dim, 64, 2**0.5), nn.Tanh(), linear(64, 64, 2**0.5), nn.Tanh()]
+    return nn.Sequential(*hidden, linear(64, out_dim, out_gain))
+
+
+class CategoricalActor(nn.Module):
+    """Policy over numbered actions. Shapes: obs (..., obs_dim) -> logits (..., num_actions)."""
+
+    def __init__(self, obs_dim: int, num_actions: int) -> None:
+        super().__init__()
+        self.logits = tanh_mlp(obs_dim, num_actions, out_gain=0.01)  # nearly uniform at the start
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.logits(obs)
+
+
+class GaussianActor(nn.Module):
+    """Policy: independent Gaussians. The mean depends on the observation, the spread does not.
+
+    Shapes: obs (..., obs_dim) -> mean (..., action_dim), log_std (action_dim,).
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, log_std_init: float) -> None:
+        super().__init__()
+        self.mean = tanh_mlp(obs_dim, action_dim, out_gain=0.01)  # means start close to 0
+        self.log_std = nn.Parameter(torch.zeros(action_dim) + log_std_init)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean(obs), self.log_std
+
+
+class ValueCritic(nn.Module):
+    """State value V(s), in units of the scaled reward. Shapes: obs (..., obs_dim) -> (...)."""
+
+    def __init__(self, obs_dim: int) -> None:
+        super().__init__()
+        self.value = tanh_mlp(obs_dim, 1, out_gain=1.0)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.value(obs).squeeze(-1)
+
+
+# ---- Mathematics of the policy gradient ----------------------------------------------------------
+
+# What an actor returns: logits (..., num_actions), or mean (..., action_dim) and log_std.
+Policy = Tensor | tuple[Tensor, Tensor]
+
+
+def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """Log-density of actions under independent Gaussians, summed over the action dimensions.
+
+    Shapes: mean, actions (..., action_dim), log_std (action_dim,) -> (...).
+    """
+    z = (actions - mean) * torch.exp(-log_std)
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """Entropy in nats of independent Gaussians. Shapes: log_std (action_dim,) -> ()."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+def log_prob(policy: Policy, actions: Tensor) -> Tensor:
+    """Log-probability of numbered actions, log-density of continuous ones.
+
+    Shapes: actions (...) or (..., action_dim) -> (...).
+    """
+    if isinstance(policy, tuple):
+        return gaussian_log_prob(*policy, actions)
+    return policy.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+
+
+def entropy(policy: Policy) -> Tensor:
+    """Entropy in nats, for each observation. Shapes: (...)."""
+    if isinstance(policy, tuple):
+        mean, log_std = policy
+        return gaussian_entropy(log_std).expand(mean.shape[:-1])
+    log_probs = policy.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def sample(policy: Policy, rng: Rng) -> Tensor:
+    """Random actions. Shapes: (...) or (..., action_dim)."""
+    if isinstance(policy, tuple):
+        mean, log_std = policy
+        noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32)).to(mean.device)
+        return mean + log_std.exp() * noise
+    noise = torch.from_numpy(rng.gumbel(size=policy.shape)).to(policy)
+    return (policy + noise).argmax(-1)  # Gumbel's trick: distributed as softmax(logits)
+
+
+def mode(policy: Policy) -> Tensor:
+    """The most probable actions. Shapes: (...) or (..., action_dim)."""
+    return policy[0] if isinstance(policy, tuple) else policy.argmax(-1)
+
+
+def discounted_returns(rewards: Tensor, cut_values: Tensor, dones: Tensor, gamma: float) -> Tensor:
+    """Rewards to go: the discounted sum of rewards from each step to its episode's end.
+
+    cut_values are what follows an episode's last step: 0, or V where a time limit has cut it.
+
+    Shapes: all (T, N) -> (T, N). Source: Schulman et al. 2016, section 2.
+    """
+    returns = torch.zeros_like(rewards)
+    next_return = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        next_return = rewards[t] + gamma * torch.where(dones[t] > 0, cut_values[t], next_return)
+        returns[t] = next_return
+    return returns
+
+
+def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """Minus the mean over episodes of sum over t of log pi(a_t|s_t) A_t.
+
+    Its gradient, not its value, has a meaning: it estimates minus the policy gradient, without bias
+    if gamma is 1 and no action changes its own baseline.
+
+    Shapes: log_probs, advantages (T, N), advantages 0 after an episode's end -> ().
+    Source: Williams 1992, theorem 1.
+    """
+    return -(log_probs * advantages).sum(0).mean()
+
+
+def episode_gradients(actor: nn.Module, obs: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of sum over t of weights_t log pi(a_t|s_t), for each episode apart.
+
+    Shapes: obs (T, N, obs_dim), actions (T, N, ...), weights (T, N), 0 after an episode's end
+    -> (N, number of the actor's parameters).
+    """
+
+    def weighted_sum(parameters, obs, actions, weights):
+        policy = torch.func.functional_call(actor, parameters, obs)
+        return (log_prob(policy, actions) * weights).sum()
+
+    of_each = torch.func.vmap(torch.func.grad(weighted_sum), in_dims=(None, 1, 1, 1))
+    gradients = of_each(dict(actor.named_parameters()), obs, actions, weights)
+    return torch.cat([x.flatten(1) for x in gradients.values()], dim=1).detach()
+
+
+# These baselines come from the other episodes only: no action changes its own baseline, and the
+# gradient stays unbiased (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!").
+# `playing` is 1 at an episode's steps and 0 after its end.
+
+
+def constant_baseline(returns: Tensor, playing: Tensor) -> Tensor:
+    """Mean over all steps of the other episodes. Shapes: (T, N), (T, N) -> (N,)."""
+    totals, counts = (returns * playing).sum(0), playing.sum(0)
+    return (totals.sum() - totals) / (counts.sum() - counts)
+
+
+def time_baseline(returns: Tensor, playing: Tensor) -> Tensor:
+    """Mean over the other episodes at the same time; after the end of all, over all their steps.
+
+    Shapes: (T, N), (T, N) -> (T, N).
+    """
+    totals = (returns * playing).sum(1, keepdim=True) - returns * playing
+    counts = playing.sum(1, keepdim=True) - playing
+    return torch.where(counts > 0, totals / counts, constant_baseline(returns, playing))
+
+
+def optimal_baseline(scores: Tensor, gradients: Tensor) -> Tensor:
+    """The constant b that makes the variance of the gradients - b * scores as small as possible.
+
+    Row n is episode n's gradient of sum over t of log pi(a_t|s_t), or of log pi(a_t|s_t) G_t. Where
+    all steps of an episode have one return, b is the mean return, weighted by squared scores.
+
+    Shapes: (N, P), (N, P) -> (N,). Source: Greensmith et al. 2004, section 4.
+    """
+    products, squares = (scores * gradients).sum(1), scores.square().sum(1)
+    return (products.sum() - products) / (squares.sum() - squares)
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """Share of the returns' variance that values predict, at most 1. Shapes: (...) -> ()."""
+    return 1 - (returns - values).var(correction=0) / returns.var(correction=0)
+
+
+# ---- Buffer and training -------------------------------------------------------------------------
+
+
+def stack_steps(steps: list[tuple], device: torch.device) -> list[Tensor]:
+    """Tensors (T, num_envs, ...) from T tuples of arrays (num_envs, ...); fractions as float32."""
+    stacked = [torch.stack([torch.as_tensor(x) for x in part]) for part in zip(*steps, strict=True)]
+    to_float32 = (torch.float64, torch.bool)
+    return [x.to(device, torch.float32 if x.dtype in to_float32 else x.dtype) for x in stacked]
+
+
+def train(args: Args) -> None:
+    # Setup
+    device, rng = setup(args)
+    envs = make_envs(args)
+    torch.manual_seed(args.seed)  # for the initial weights; everything else draws from rng
+    obs_dim, action_space = envs.single_observation_space.shape[0], envs.single_action_space
+    if isinstance(action_space, gym.spaces.Discrete):
+        to_env = ActionNumbers(action_space)
+        actor = CategoricalActor(obs_dim, to_env.num_actions).to(device)
+    else:
+        to_env = ActionScaler(action_space)
+        actor = GaussianActor(obs_dim, to_env.dim, args.log_std_init).to(device)
+    critic = ValueCritic(obs_dim).to(device)
+    optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
+    critic_lr = args.critic_learning_rate
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=critic_lr, fused=True)
+    obs_normalizer = ObsNormalizer(obs_dim, args.obs_clip) if args.norm_obs else nn.Identity()
+    obs_normalizer.to(device)
+    return_scaler = ReturnScaler(1).to(device)
+
+    def to_network(obs: np.ndarray | Tensor) -> Tensor:
+        """Observations as the networks take them. Shapes: (..., obs_dim)."""
+        return obs_normalizer(torch.as_tensor(obs).float().to(device))
+
+    @torch.no_grad()
+    def deterministic_policy(obs: np.ndarray) -> np.ndarray:
+        return to_env(mode(actor(to_network(obs[None]))))[0]
+
+    def critic_step(obs, returns):
+        """Compute the gradients for the next step of the critic's optimizer."""
+        values = critic(obs)
+        assert values.shape == returns.shape
+        loss = nn.functional.mse_loss(values, returns)
+        loss.backward()
+        return loss.detach()
+
+    if args.compile:  # the policy's batch has another length every time
+        torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
+        critic_step = torch.compile(critic_step, fullgraph=True)
+    state = {"actor": actor, "critic": critic, "optimizer": optimizer}
+    state |= {"critic_optimizer": critic_optimizer, "obs_normalizer": obs_normalizer}
+    state |= {"return_scaler": return_scaler, "rng": rng}
+    run = Run(args, device, envs, state, deterministic_policy)
+    global_step = run.restore() if args.resume or args.evaluate else 0
+    if args.evaluate:
+        run.finish()
+        return
+    run.begin()
+
+    while global_step < args.total_timesteps:
+        remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+        critic_optimizer.param_groups[0]["lr"] = critic_lr * remaining
+
+        envs.set_attr("waiting", False)  # see OneEpisode
+        obs, playing = np.stack(envs.get_attr("obs")), np.ones(args.num_envs, np.bool_)
+        steps = []
+        while playing.any() and len(steps) < LONGEST_EPISODE:
+            # 1. Act
+            with torch.no_grad():
+                policy = actor(to_network(obs))
+                actions = sample(policy, rng)
+
+            # 2. Step the environments
+            last_obs, last_playing = obs, playing
+            obs, rewards, terminations, truncations, infos = envs.step(to_env(actions))
+            global_step += int(playing.sum())
+            dones = terminations | truncations
+            cut_values = torch.zeros(args.num_envs, device=device)
+            if dones.any():  # obs is already the next episode's first there
+                ended = infos["final_info"]
+                run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
+            if truncations.any() and args.baseline == "value":
+                final_obs = np.stack(infos["final_obs"][truncations])
+                with torch.no_grad():
+                    cut_values[truncations] = critic(to_network(final_obs)) * return_scaler.scale
+            playing = playing & ~dones
+            steps.append((last_obs, actions, rewards, dones, cut_values, last_playing))
+
+        # 3. Targets
+        observed, actions, rewards, dones, cut_values, playing = stack_steps(steps, device)
+        normed_obs, mask = to_network(observed), playing > 0
+        returns = discounted_returns(rewards, cut_values, dones, args.gamma)
+        weights = returns if args.reward_to_go else returns[:1].expand_as(returns)
+        if args.baseline == "none":
+            baseline = torch.zeros_like(returns)
+        elif args.baseline == "constant":
+            baseline = constant_baseline(weights, playing)
+        elif args.baseline == "optimal":
+            scores = episode_gradients(actor, normed_obs, actions, playing)
+            gradients = episode_gradients(actor, normed_obs, actions, weights * playing)
+            baseline = optimal_baseline(scores, gradients)
+        elif args.baseline == "time":
+            baseline = time_baseline(weights, playing)
+        else:
+            with torch.no_grad():
+                baseline = critic(normed_obs) * return_scaler.scale  # in units of the reward
+        advantages = (weights - baseline) * playing
+        if args.norm_adv and mask.sum() > 1:  # the std of one sample is not defined
+            advantages = advantages / (advantages[mask].std() + 1e-8)
+
+        # 4. Update
+        gradients = episode_gradients(actor, normed_obs, actions, advantages)  # for the log
+        optimizer.zero_grad()
+        policy = actor(normed_obs)
+        log_probs = log_prob(policy, actions)
+        assert log_probs.shape == advantages.shape
+        policy_loss = policy_gradient_loss(log_probs, advantages)
+        policy_loss.backward()
+        optimizer.step()
+        metrics = {
+            "losses/policy_loss": policy_loss.item(),
+            "losses/entropy": entropy(policy)[mask].mean().item(),
+            "losses/grad_norm": gradients.mean(0).norm().item(),
+            "losses/gradient_variance": (gradients.var(0).sum() / args.num_envs).item(),
+        }
+        if args.baseline == "value":
+            inputs, returns = normed_obs[mask], returns[mask]
+            values = baseline[mask]
+            metrics["losses/values"] = values.mean().item()
+            metrics["losses/explained_variance"] = explained_variance(values, returns).item()
+            if args.norm_returns:
+                return_scaler.update(returns[:, None])
+            targets = returns / return_scaler.scale
+            value_losses = []
+            for _ in range(args.critic_steps):
+                sampled = rng.integers(len(targets), size=args.critic_batch_size)
+                critic_optimizer.zero_grad()
+                value_losses.append(critic_step(inputs[sampled], targets[sampled]))
+                critic_optimizer.step()
+            metrics["losses/value_loss"] = torch.stack(value_losses).mean().item()
+        if args.norm_obs:  # last, so that the policy was trained on what it saw
+            obs_normalizer.update(observed[mask].float())
+
+        # 5. Log, checkpoint, evaluate
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        run.end_iteration(global_step, metrics)
+    run.finish()
+
+
+def check_args(args: Args) -> None:
+    """Raises: ValueError for values that make no sense."""
+    check_run_args(args)
+    require(args, "gamma", lambda x: 0 <= x <= 1, "between 0 and 1")
+    positive = "learning_rate critic_learning_rate obs_clip"
+    require(args, positive, lambda x: 0 < x < math.inf, "above 0")
+    require(args, "critic_steps critic_batch_size", lambda x: x >= 1, "at least 1")
+    require(args, "log_std_init", lambda x: -20 <= x <= 2, "between -20 and 2")
+    from_others = args.baseline in ("constant", "optimal", "time")
+    many = "at least 2 for a baseline from other episodes"
+    require(args, "num_envs", lambda x: x >= 2 or not from_others, many)
+
+
+# ---- Running statistics, environments, actions ---------------------------------------------------
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of everything that `update` has seen. Shapes: mean, var (dim,)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.tensor(1e-4))
+
+    def update(self, batch: Tensor) -> None:
+        """Add a batch to the statistics. Shapes: batch (B, dim). Source: Chan et al. 1979, 2.1."""
+        size = len(batch)
+        delta = batch.mean(0) - self.mean
+        total = self.count + size
+        squares = self.var * self.count + batch.var(0, correction=0) * size
+        self.var = (squares + delta.square() * self.count * size / total) / total
+        self.mean = self.mean + delta * size / total
+        self.count = total
+
+
+class ObsNormalizer(RunningMoments):
+    """Shifts and scales observations to mean 0, variance 1. Shapes: (..., obs_dim) -> the same."""
+
+    def __init__(self, obs_dim: int, clip: float) -> None:
+        super().__init__(obs_dim)
+        self.clip = clip
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-self.clip, self.clip)
+
+
+class ReturnScaler(RunningMoments):
+    """The unit in which the critic learns: the running std of returns, or 1 if never updated."""
+
+    @property
+    def scale(self) -> Tensor:
+        return (self.var + 1e-8).sqrt()
+
+
+def make_envs(args: Args) -> VectorEnv:
+    """`num_envs` environments. One whose episode ends is reset in the same step."""
+
+    def env_fn() -> gym.Env:
+        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+        return OneEpisode(make_env(args))
+
+    apart = args.async_envs and not args.evaluate
+    if apart:  # the signal with which Python ends its children would not end them
+        atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
+    vector_env = AsyncVectorEnv if apart else SyncVectorEnv
+    envs = vector_env([env_fn] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    atexit.register(close, envs)
+    seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
+    envs.reset(seed=[int(seed) for seed in seeds])
+    return envs
+
+
+class OneEpisode(gym.Wrapper):
+    """Plays an episode, and waits at the start of the next one until `waiting` is set to False."""
+
+    waiting = False
+
+    def reset(self, **options: Any) -> tuple[Any, dict]:
+        self.waiting = True
+        return self.env.reset(**options)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        if self.waiting:
+            return self.env.obs, 0.0, False, False, {}
+        return self.env.step(action)
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment with Box or Discrete actions; observations are flattened."""
+    with contextlib.suppress(ImportError):
+        __import__("mujoco").set_mju_user_warning(lambda message: None)  # no MUJOCO_LOG.TXT
+    render = {"render_mode": render_mode} if render_mode else {}
+    with making(args):
+        env = gym.make(args.env_id, **(args.env_kwargs | render))
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box | gym.spaces.Discrete):
+        stop(f"error: --env-id {args.env_id}: needs Box or Discrete actions, this one has {space}")
+    return ReplayableEnv(flatten_observations(args, env))
+
+
+class ActionNumbers:
+    """Numbers the actions of a Discrete space. Shapes: tensor (...) from 0 -> array from start."""
+
+    def __init__(self, space: gym.spaces.Discrete) -> None:
+        self.num_actions, self.start = int(space.n), int(space.start)
+
+    def __call__(self, actions: Tensor) -> np.ndarray:
+        return actions.cpu().numpy() + self.start
+
+
+class ActionScaler:
+    """Clips actions into a Box. In bounded dimensions, [-1, 1] is first mapped to [low, high].
+
+    Shapes: tensor (..., dim) -> array (..., *box.shape) of the box's dtype.
+    """
+
+    def __init__(self, box: gym.spaces.Box) -> None:
+        float_dtype = np.result_type(box.dtype, np.float32)  # integers would overflow
+        self.low, self.high = (x.flatten().astype(float_dtype) for x in (box.low, box.high))
+        self.box, self.dim = box, len(self.low)
+
+    def __call__(self, actions: Tensor) -> np.ndarray:
+        unscaled = actions.cpu().numpy()
+        if not np.isfinite(unscaled).all():
+            stop("error: the policy's action is not finite; the last checkpoint is kept", 3)
+        low, high = self.low, self.high
+        with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
+            scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
+            inside = np.clip(np.where(np.isfinite(high - low), scaled, unscaled), low, high)
+        if not np.issubdtype(self.box.dtype, np.floating):
+            inside = np.rint(inside)
+        return inside.astype(self.box.dtype).reshape((*actions.shape[:-1], *self.box.shape))
+
+
+# ---- Run infrastructure: the same bytes in every script ------------------------------------------
+
+SCRIPT = Path(__file__).resolve()
+SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
+LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
+
+
+def parse_count(text: str) -> int:
+    """Read a whole number that may be written 1000000, 1_000_000 or 1e6."""
+    if not float(text).is_integer():
+        raise ValueError(f"not a whole number: {text}")
+    return int(float(text)) if "e" in text.lower() or "." in text else int(text)
+
+
+def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
+    """Annotation of a flag that is read by `parse` and printed by `show`."""
+    return Annotated[
+        kind,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+        ),
+    ]
+
+
+Count = flag_type(int, "INT", parse_count, "{:_}".format)
+Json = flag_type(dict, "JSON", json.loads, json.dumps)
+Text = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+
+
+def require(args: Any, names: str, allowed: Callable[[Any], bool], text: str) -> None:
+    """Check fields of the arguments. Raises: ValueError, which tyro reports with exit code 2."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not allowed(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be {text}, got {value}")
+
+
+def check_run_args(args: Any) -> None:
+    """Check the arguments that every script has. Raises: ValueError."""
+    counts = "total_timesteps num_envs eval_episodes torch_threads"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
+    require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
+    require(args, "env_kwargs", lambda x: isinstance(x, dict), "a JSON object")
+    require(args, "resume evaluate", lambda x: x != "", "the path of a run folder")
+    require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
+
+
+def parse_args(args_class: type) -> Any:
+    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
+    args = tyro.cli(args_class, default=args_class())
+    flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
+    if folder is None:  # again, as defaults may depend on the environment
+        return tyro.cli(args_class, default=args_class(env_id=args.env_id))
+    try:
+        about = json.loads(Path(folder, "args.json").read_text())
+        if about["script"] != SCRIPT.name:
+            stop(f"error: {flag} {folder}: a run of {about['script']}: use that script")
+        if about["sha256"] != SHA256:
+            warn(f"{SCRIPT.name} has changed since {folder} began")
+        names = {field.name for field in fields(args_class)} & about["args"].keys()
+        here = {"run_dir": folder, "resume": args.resume, "evaluate": args.evaluate}
+        old = args_class(**{name: about["args"][name] for name in names} | here)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        stop(f"error: {flag} {folder}: not a complete run folder: {error!r}")
+    args = tyro.cli(args_class, default=old)
+    free = "device torch_threads track capture_video eval_episodes "
+    free += "eval_frequency checkpoint_frequency total_timesteps" if args.resume else "seed"
+    for name, was in asdict(old).items():
+        now = getattr(args, name)
+        if now != was and (name not in free.split() or (name == "total_timesteps" and now < was)):
+            name = name.replace("_", "-")
+            stop(f"error: {flag} {folder}: --{name} is {was} there and cannot become {now}")
+    if args.total_timesteps > old.total_timesteps:
+        warn("schedules, such as that of the learning rate, jump: they end at the new total")
+    return args
+
+
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+        tqdm.write(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def setup(args: Any) -> tuple[torch.device, Rng]:
+    """Set the number of threads. Returns the device and the generator of this run."""
+    found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    if args.device not in ["auto", *found]:
+        stop(f"error: --device {args.device}: torch finds none here; use auto or cpu")
+    device = torch.device(found[0] if args.device == "auto" else args.device)
+    compiles = args.compile and not args.evaluate and device.type == "cpu"
+    if compiles and not shutil.which(os.environ.get("CXX", "g++")):
+        stop("error: --compile needs a C++ compiler, such as g++, and found none")
+    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a display
+    sys.path.append("")  # so that "module:Name-v0" is found in the working directory, too
+    torch.set_num_threads(args.torch_threads)
+    return device, Rng(np.random.PCG64(args.seed))
+
+
+class Rng(np.random.Generator):
+    """The run's own random numbers; an environment may seed or use NumPy's global ones."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.bit_generator.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bit_generator.state = state
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Which code runs, and on what."""
+    names = [x for x in ("torch", "gymnasium", "numpy", "mujoco") if x in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in names}
+    about = {"script": SCRIPT.name, "sha256": SHA256, "git": None, "device": str(device)}
+    with contextlib.suppress(OSError):  # without git, the commit is None
+        git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "HEAD"]
+        about["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return about | {"versions": versions | {"python": sys.version.split()[0]}}
+
+
+@contextlib.contextmanager
+def making(args: Any) -> Iterator[None]:
+    """Turn what keeps an environment from being made into a one-line exit."""
+    try:
+        yield
+    except Exception as error:  # environments refuse --env-kwargs in many ways
+        if not args.env_kwargs and not isinstance(error, gym.error.Error | ImportError):
+            raise
+        kwargs = f" --env-kwargs '{json.dumps(args.env_kwargs)}'" if args.env_kwargs else ""
+        stop(f"error: --env-id {args.env_id}{kwargs}: {str(error) or repr(error)}")
+
+
+def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
+    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
+    numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
+    parts = {"it": space}
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts = dict(space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space))
+    for key, part in parts.items():
+        if not isinstance(part, numbers) or len(part.shape) > 2:
+            stop(f"error: --env-id {args.env_id}: needs vectors to observe, but {key} is {part}")
+    is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if is_vector else gym.wrappers.FlattenObservation(env)
+
+
+class ReplayableEnv(gym.Wrapper):
+    """An environment that is saved as the seed of its current episode and the actions since.
+
+    Restoring repeats the actions, which is exact if reset(seed) determines the episode; if it comes
+    out different, a new one starts. `info` holds return and length on an episode's last step.
+    """
+
+    SAVED = ("seed", "episode", "length", "episodic_return", "actions", "obs")
+    lost_episode = False  # whether the last restoring came out different
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        if seed is not None:
+            self.seed, self.episode = seed, 0
+        episode_seed = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
+        obs, _ = self.env.reset(seed=int(episode_seed) // 2, options=options)  # below 2**31
+        self.episode += 1
+        self.actions, self.length = [], 0
+        self.episodic_return = 0.0
+        self.obs = np.array(obs)
+        return self.obs, {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        if self.length < LONGEST_EPISODE:
+            self.actions.append(np.array(action))  # a copy: some environments change their action
+        obs, reward, termination, truncation, _ = self.env.step(action)
+        reward = np.asarray(reward).item()  # some environments return an array of one number
+        self.obs = np.array(obs)
+        self.length += 1
+        self.episodic_return += float(reward)
+        if not (termination or truncation):
+            return self.obs, reward, termination, truncation, {}
+        if not (math.isfinite(self.episodic_return) and np.isfinite(self.obs).all()):
+            warn("the environment sent a reward or an observation that is not finite")
+        ended = {"return": self.episodic_return, "length": self.length}
+        return self.obs, reward, termination, truncation, ended
+
+    @property
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """What restores the environment; setting it does so."""
+        return {name: np.array(getattr(self, name)) for name in self.SAVED}
+
+    @snapshot.setter
+    def snapshot(self, saved: dict[str, np.ndarray]) -> None:
+        self.seed, self.episode = int(saved["seed"]), int(saved["episode"]) - 1
+        self.lost_episode = True
+        with contextlib.suppress(Exception):  # an episode that differs may raise anything
+            self.reset()
+            for action in saved["actions"].copy():  # some environments change their action
+                self.step(action)
+            now = self.snapshot
+            same = (np.array_equal(now[x], saved[x], equal_nan=True) for x in self.SAVED)
+            self.lost_episode = not all(same)
+        if self.lost_episode:
+            warn("environment not restored, a new episode starts")
+            self.reset()
+
+
+def close(envs: gym.Env | VectorEnv) -> None:
+    """Close environments, once. An error in that costs a line, not the run."""
+    if not getattr(envs, "closed", False):
+        for env in getattr(envs, "envs", [envs]):
+            try:  # without waiting for a process that is dead or in the middle of a step
+                env.close(**({"timeout": 0} if hasattr(env, "processes") else {}))
+            except Exception as error:
+                warn(f"an environment could not be closed: {error!r}")
+        envs.closed = True  # so that neither Gymnasium nor the end of the process does it again
+
+
+class Run:
+    """A run and its folder. Knows nothing of the algorithm.
+
+    `state` names everything else that must survive a kill; each part has state_dict() and
+    load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
+    `policy` maps one observation to the deterministic action.
+    """
+
+    SAVED = ("global_step", "wall_time", "eval_due", "wandb_id")
+    TRAINING_ONLY = ("optimizer", "buffer", "rng")
+
+    def __init__(self, args: Any, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
+        self.args, self.device = args, device
+        self.envs, self.state = envs, state
+        self.policy = policy
+        name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
+        self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
+        self.eval_due = False  # whether an evaluation at this step is still to come
+        self.lost_episodes = np.zeros(args.num_envs, np.bool_)  # by environments, in restore
+        self.wandb, self.wandb_id = None, None
+        self.episodes = []  # (return, length) of those that ended since the last line of metrics
+        self.recent_return = "no episode yet"
+        self.result = {}  # the last evaluation, if nothing was learned since
+        self.bar, self.last_line = tqdm(disable=True), 0.0
+        self.signal, self.signal_time = 0, 0.0
+        self.refuse_what_would_fail()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    @property
+    def finished(self) -> bool:
+        return self.global_step >= self.args.total_timesteps
+
+    def again(self, flag: str = "--resume") -> str:
+        """A command that can be pasted anywhere."""
+        return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
+
+    def refuse_what_would_fail(self) -> None:
+        """Report the user's mistakes that can be seen before any file is written."""
+        new = self.args.run_dir and not self.args.resume and not self.args.evaluate
+        if new and (self.dir / "args.json").exists():
+            stop(f"error: --run-dir {self.dir} holds a run: name another, or --resume {self.dir}")
+        tracks = self.args.track and not self.args.evaluate
+        if tracks and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+            stop("error: --track needs wandb: pip install wandb, or leave it out")
+        if self.args.capture_video:
+            try:
+                import moviepy  # noqa: F401  RecordVideo needs it
+                with contextlib.closing(make_env(self.args, "rgb_array")) as env:
+                    env.reset(seed=0)
+                    frame, rate = env.render(), env.metadata.get("render_fps", 30)
+                if np.ndim(frame) != 3 or not rate:
+                    raise ValueError(f"{rate} frames per second, shape {np.shape(frame)}")
+            except Exception as error:  # each renderer raises its own
+                stop(f"error: --capture-video: cannot render {self.args.env_id} here: {error!r}")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn a write error into a one-line exit; complete files stay intact."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
+            way_out = f"make room, then {self.again()}, or name another --run-dir"
+            stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
+
+    def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+        """Write a file so that a kill at any instant leaves the old one or the new one."""
+        temporary = self.dir / f"{name}.tmp"
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.dir / name)
+
+    def begin(self) -> None:
+        """Start the clock, the run folder, wandb and the progress bar."""
+        self.start_time = time.time() - self.wall_time
+        with self.writing():
+            self.claim_folder()
+            self.open_folder()
+        if self.args.track:
+            self.start_wandb()
+        saved = [x for x in self.state.values() if isinstance(x, nn.Module)]
+        saved = {id(weight) for module in saved for weight in module.parameters()}
+        groups = [group for x in self.state.values() for group in getattr(x, "param_groups", ())]
+        if any(id(weight) not in saved for group in groups for weight in group["params"]):
+            warn("a network that is trained is not in `state`: a resume would lose it")
+        total, begun = self.args.total_timesteps, self.global_step
+        self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
+        if self.eval_due and not self.result:
+            self.evaluate()
+            self.stop_if_asked()
+
+    def claim_folder(self) -> None:
+        """Make the folder, if that is left to do, and keep other processes from training in it."""
+        name, tries = self.dir.name, 1
+        while tries:
+            try:
+                self.dir.mkdir(parents=True, exist_ok=self.args.run_dir is not None)
+                tries = 0
+            except FileExistsError:
+                if self.args.run_dir or not self.dir.exists():  # a link that leads nowhere
+                    raise
+                tries += 1
+                self.dir = self.dir.with_name(f"{name}__{tries}")  # begun in the same second
+        held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
+        self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
+        LOCKS[self.dir.resolve()] = self.script
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+            if held:
+                fcntl.flock(held, fcntl.LOCK_UN)
+            try:
+                fcntl.flock(self.script, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stop(f"error: --run-dir {self.dir}: another process trains in it")
+
+    def open_folder(self) -> None:
+        """Begin the files of a new run, or cut a resumed one's metrics back to its checkpoint."""
+        about, lines = describe(self.device), []
+        if self.args.resume:
+            about = json.loads((self.dir / "args.json").read_text())
+            with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: half a last line
+                for text in (self.dir / "metrics.jsonl").read_text().splitlines():
+                    lines.append(json.loads(text))
+        lines = [line for line in lines if line["global_step"] <= self.global_step]
+        last = lines[-1] if lines else {}
+        if last.get("eval/episodes") == self.args.eval_episodes:
+            names = ("eval/episodic_return", "eval/episodic_return_std", "eval/episodes")
+            self.result = {name: last.get(name, math.nan) for name in names}
+        about["args"] = asdict(self.args) | {"resume": None, "evaluate": None}
+        metrics = "".join(json.dumps(line) + "\n" for line in lines)
+        if not self.args.resume and not SCRIPT.samefile(self.dir / SCRIPT.name):
+            self.script.truncate(0)
+            self.script.write(SCRIPT.read_bytes())
+            self.script.flush()
+        self.write_whole("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+        self.write_whole("metrics.jsonl", lambda file: file.write(metrics.encode()))
+
+    def start_wandb(self) -> None:
+        """Log online where a key and the network allow it, otherwise offline; never ask."""
+        import wandb
+        os.environ["WANDB_CACHE_DIR"] = os.environ["WANDB_DATA_DIR"] = str(self.dir.resolve())
+        args, settings = self.args, wandb.Settings(silent=True, console="off", x_disable_stats=True)
+        for mode in (os.environ.get("WANDB_MODE", "online"), "offline"):
+            with contextlib.suppress(wandb.Error):  # no network, a wrong key, an unknown entity
+                if mode != "online" or wandb.login(prompt=False):
+                    self.wandb_id = self.wandb_id or os.urandom(4).hex()
+                    self.wandb = wandb.init(
+                        project=args.wandb_project_name, entity=args.wandb_entity, mode=mode,
+                        name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", dir=self.dir,
+                        id=self.wandb_id, resume="allow", config=asdict(args), settings=settings,
+                    )
+                    break
+        if mode == "offline":
+            tqdm.write(f"offline; later: wandb sync {self.dir}/wandb/offline-run-*", sys.stderr)
+        self.wandb.define_metric("global_step")
+        self.wandb.define_metric("*", step_metric="global_step")
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        if self.signal and time.monotonic() > self.signal_time + 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
+
+    def stop_if_asked(self, flag: str = "--resume") -> None:
+        """End here if a signal came."""
+        if self.signal:
+            self.bar.close()
+            stop(f"stopped; go on: {self.again(flag)}", 128 + self.signal)
+
+    def save_checkpoint(self) -> None:
+        checkpoint = {name: part.state_dict() for name, part in self.state.items()}
+        snapshots = self.envs.get_attr("snapshot")
+        checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
+        checkpoint |= {name: getattr(self, name) for name in self.SAVED}
+        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
+        with self.writing():
+            self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+    def restore(self) -> int:
+        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
+        path = self.dir / "checkpoint.pt"
+        if self.args.resume and not path.exists():
+            return 0  # killed before its first checkpoint
+        try:  # mmap: a replay memory is copied from the file, and never twice in memory
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for name, part in self.state.items():
+                if self.args.resume or not name.endswith(self.TRAINING_ONLY):
+                    part.load_state_dict(checkpoint[name])
+            vars(self).update({name: checkpoint[name] for name in self.SAVED})
+            if self.args.resume:
+                torch.set_rng_state(checkpoint["torch_rng"].clone())
+                snapshots = [{k: x.numpy() for k, x in s.items()} for s in checkpoint["envs"]]
+                self.envs.set_attr("snapshot", snapshots)
+                self.lost_episodes[:] = self.envs.get_attr("lost_episode")
+        except Exception as error:  # a damaged file can raise anything
+            stop(f"error: {path} is no checkpoint of this run: {error!r:.200}")
+        return self.global_step
+
+    def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Log; save and evaluate where it is due; end the run if a signal asked for it."""
+        previous, self.global_step = self.global_step, global_step
+
+        def passed(frequency: int) -> bool:
+            return frequency > 0 and global_step // frequency > previous // frequency
+
+        self.stop_unless_finite(metrics)
+        if self.episodes:
+            mean_return, mean_length = np.mean(self.episodes, axis=0).tolist()
+            metrics["charts/episodic_return"] = mean_return
+            metrics["charts/episodic_length"] = mean_length
+            metrics["charts/episodes"] = len(self.episodes)
+            self.recent_return = f"return {mean_return:.1f}"
+            self.episodes = []
+        self.wall_time = time.time() - self.start_time
+        metrics["charts/SPS"] = global_step / self.wall_time
+        self.write_metrics(metrics)
+        self.result = {}
+        self.eval_due = passed(self.args.eval_frequency) and not self.finished
+        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        if saved := bool(due or self.signal):
+            self.save_checkpoint()  # first, as evaluations take long and environments fail
+        self.show_progress(metrics["charts/SPS"])
+        if self.eval_due:
+            self.evaluate()
+        if saved and not self.finished:
+            self.stop_if_asked()
+
+    def stop_unless_finite(self, metrics: dict[str, float]) -> None:
+        """A NaN or infinity ends the run while its last checkpoint is still good."""
+        bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
+        for name, part in self.state.items():
+            if not name.endswith(self.TRAINING_ONLY):
+                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
+                bad += [name for tensor in tensors if not tensor.isfinite().all()]
+        if bad:
+            kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
+            stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        line = {"global_step": self.global_step, "wall_time": self.wall_time}
+        line |= {name: value for name, value in metrics.items() if math.isfinite(value)}
+        with self.writing(), open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log(line)
+
+    def show_progress(self, speed: float) -> None:
+        step, total = self.global_step, max(self.args.total_timesteps, self.global_step)
+        self.bar.set_postfix_str(self.recent_return, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.time() > self.last_line + 10:
+            self.last_line = time.time()
+            times = f"{speed:.0f}/s, {(total - step) / speed:.0f} s left"
+            with contextlib.suppress(OSError):
+                print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)
+
+    def evaluate(self) -> None:
+        """Play whole episodes, each time from the same seed, and log them unless a signal came."""
+        before, video = torch.get_rng_state(), self.args.capture_video
+        env = make_env(self.args, "rgb_array" if video else None)
+        if video:
+            folder, name = str(self.dir / "videos"), f"step-{self.global_step}"
+            gym.logger.min_level = gym.logger.ERROR  # RecordVideo warns of videos already there
+            env = gym.wrappers.RecordVideo(
+                env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True
+            )
+        seed = int(np.random.SeedSequence([self.args.seed, 1]).generate_state(1)[0])
+        returns = []
+        try:
+            while len(returns) < self.args.eval_episodes and not self.signal:
+                obs, _ = env.reset(seed=None if returns else seed)
+                returns.append(0.0)
+                for _ in range(LONGEST_EPISODE):
+                    obs, reward, termination, truncation, _ = env.step(self.policy(obs))
+                    returns[-1] += float(reward)
+                    if termination or truncation or self.signal:
+                        break
+        finally:
+            close(env)
+        torch.set_rng_state(before)
+        if self.signal:
+            return
+        if video and self.wandb:
+            from wandb import Video
+            clip = Video(f"{folder}/{name}-episode-0.mp4", format="mp4")
+            self.wandb.log({"global_step": self.global_step, "eval/video": clip})
+        self.result = {"eval/episodic_return": np.mean(returns)}
+        self.result |= {"eval/episodic_return_std": np.std(returns), "eval/episodes": len(returns)}
+        if not self.args.evaluate:
+            self.write_metrics(self.result)
+
+    def finish(self) -> None:
+        """Evaluate, unless that is done, and print the result as the last line of stdout."""
+        if not self.result:
+            self.evaluate()
+            self.stop_if_asked("--evaluate" if self.args.evaluate else "--resume")
+        mean, std, episodes = self.result.values()
+        self.bar.close()
+        result = f"eval mean_return={mean:.4f} std={std:.4f} episodes={episodes}"
+        print(f"{result} global_step={self.global_step} run_dir={self.dir}", flush=True)
+        close(self.envs)
+
+
+if __name__ == "__main__":
+    train(parse_args(Args))
