@@ -453,7 +453,8 @@ def train(args: Args) -> None:
             obs_normalizer.update(observed.flatten(0, 1).float())
 
         # 5. Log, checkpoint, evaluate
-        if due(global_step, iteration_steps):
+        finite = update_metrics[-1]["losses/policy_loss"].isfinite()
+        if due(global_step, iteration_steps) or not finite:  # the latter ends the run
             metrics = {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
             for name in update_metrics[0]:
                 metrics[name] = torch.stack([x[name] for x in update_metrics]).mean().item()

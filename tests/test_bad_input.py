@@ -57,7 +57,7 @@ BAD_ARGUMENTS = [
     ("--eval-episodes 0", ["--eval-episodes"]),
     ("--checkpoint-frequency -1", ["--checkpoint-frequency"]),
     ("--totl-timesteps 5", ["--total-timesteps"]),
-    ("--env-id PROBE:Probe --capture-video", ["error: --capture-video"]),
+    ("--env-id PROBE:Probe --capture-video --env-kwargs {}", ["error: --capture-video"]),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.fx.experimental._config
 from conftest import ROOT, checkpoint, load, load_file, run
 
 LAYER = '''
@@ -14,8 +15,9 @@ class EinsumLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Args:'''
-ATARI = """--env-id ALE/Breakout-v5 --total-timesteps 120 --log-frequency 60 --learning-starts 80
---buffer-size 100 --eval-episodes 1 --num-envs 2""".split()
+ATARI = """--env-id ALE/Breakout-v5 --total-timesteps 120 --log-frequency 60 --eval-episodes 1
+--num-envs 2""".split()
+REPLAY = ["--learning-starts", 80, "--buffer-size", 100]
 
 
 @pytest.fixture
@@ -49,7 +51,8 @@ def meta_device(monkeypatch):
         monkeypatch.setattr(module.Run, "save_checkpoint", lambda self: None)
         monkeypatch.setattr(module, "LONGEST_EPISODE", 50)
 
-    return put
+    with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
+        yield put  # a mask selects everything there
 
 
 def test_no_tensor_is_left_on_the_cpu(script, meta_device, tmp_path):
@@ -57,11 +60,12 @@ def test_no_tensor_is_left_on_the_cpu(script, meta_device, tmp_path):
     run(script, "--run-dir", tmp_path / "r")
 
 
-@pytest.mark.parametrize("script", ["dqn", "double_dqn_per"])
+@pytest.mark.parametrize("script", ["dqn", "double_dqn_per", "a2c"])
 def test_nor_on_atari(script, meta_device, tmp_path):
     pytest.importorskip("ale_py")
     meta_device(load(script))
-    run(script, *ATARI, "--run-dir", tmp_path / "r", "--device", "cpu", quick=False)
+    replay = [] if script == "a2c" else REPLAY
+    run(script, *ATARI, *replay, "--run-dir", tmp_path / "r", "--device", "cpu", quick=False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -84,7 +88,7 @@ def test_gradients_of_any_memory_layout(script, tmp_path):
         path.write_text(text if name == "fused" else text.replace("fused=True", "fused=False"))
         run(script, "--run-dir", tmp_path / name, module=load_file(path))
     fused, unfused = (checkpoint(tmp_path / name) for name in ("fused", "unfused"))
-    networks = [name for name in fused if name in ("actor", "critic", "q_network")]
+    networks = [name for name in fused if name in ("actor", "critic", "agent", "q_network")]
     assert networks
     for network in networks:
         for weight, expected in zip(

@@ -142,7 +142,7 @@ def test_environments_that_seed_the_global_generators(script, tmp_path):
     for seed in (1, 2):
         go(script, "Reseeding", tmp_path / f"{seed}", "--seed", seed, "--num-envs", 1)
     left, right = (checkpoint(tmp_path / f"{seed}") for seed in (1, 2))
-    network = "q_network" if script in DISCRETE else "actor"
+    network = next(name for name in left if name in ("q_network", "agent", "actor"))
     assert not same(left[network], right[network])
     if script in DISCRETE:
         actions = left["buffer"]["actions"][:400].view(8, 50)  # eight episodes

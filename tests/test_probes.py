@@ -3,19 +3,32 @@
 import gymnasium as gym
 import pytest
 import torch
-from conftest import checkpoint, load, metrics, run, training
+from conftest import ON_POLICY, checkpoint, load, metrics, run, training
 
-PROBE = """--num-envs 4 --num-steps 64 --num-minibatches 4 --learning-rate 0.003 --no-anneal-lr
---gamma 0.9 --total-timesteps 12800 --eval-episodes 1 --no-norm-obs --no-norm-reward""".split()
+PROBE = """--no-anneal-lr --gamma 0.9 --total-timesteps 12800 --eval-episodes 1 --no-norm-obs
+--env-kwargs {}""".split()
+OWN = {
+    "ppo_continuous": "--num-envs 4 --num-steps 64 --num-minibatches 4 --learning-rate 0.003 "
+    "--no-norm-reward",
+    "a2c": "--num-envs 16 --num-steps 4 --learning-rate 0.001 --critic-learning-rate 0.003 "
+    "--optimizer adam --no-norm-reward --log-std-init -1.5",
+    "reinforce": "--num-envs 64 --learning-rate 0.01 --critic-learning-rate 0.01 "
+    "--critic-steps 10 --critic-batch-size 64 --no-norm-returns --log-std-init -1",
+}
+ON_POLICY = pytest.mark.parametrize("script", ON_POLICY)
 
 
-def learn(folder, probe, *extra):
-    run("ppo_continuous", "--env-id", f"probes:{probe}-v0", "--run-dir", folder, *PROBE, *extra)
+def learn(folder, probe, *extra, script="ppo_continuous"):
+    words = [*PROBE, *OWN[script].split(), *extra]
+    run(script, "--env-id", f"probes:{probe}-v0", "--run-dir", folder, *words)
     return training(folder)[-1]["losses/values"]
 
 
-def networks(folder):
-    module, saved = load("ppo_continuous"), checkpoint(folder)
+def networks(folder, script="ppo_continuous"):
+    module, saved = load(script), checkpoint(folder)
+    if "agent" in saved:
+        parts = [(name.split(".", 1), x) for name, x in saved["agent"].items()]
+        saved = {part: {n: x for (p, n), x in parts if p == part} for part in ("actor", "critic")}
     actor = module.GaussianActor(1, len(saved["actor"]["log_std"]), 0)
     critic = module.ValueCritic(1)
     actor.load_state_dict(saved["actor"])
@@ -23,23 +36,35 @@ def networks(folder):
     return actor, critic
 
 
-def values(folder, *observations):
+def values(folder, *observations, script="ppo_continuous"):
     with torch.no_grad():
-        return networks(folder)[1](torch.tensor(observations)[:, None]).tolist()
+        return networks(folder, script)[1](torch.tensor(observations)[:, None]).tolist()
 
 
-def test_constant_value(tmp_path):
-    assert learn(tmp_path, "Probe") == pytest.approx(1, abs=0.05)
+@ON_POLICY
+def test_constant_value(script, tmp_path):
+    assert learn(tmp_path, "Probe", script=script) == pytest.approx(1, abs=0.05)
 
 
-def test_value_of_an_observation(tmp_path):
-    learn(tmp_path, "ObservedValue")
-    assert values(tmp_path, -1.0, 1.0) == pytest.approx([-1, 1], abs=0.1)
+@ON_POLICY
+def test_value_of_an_observation(script, tmp_path):
+    learn(tmp_path, "ObservedValue", script=script)
+    assert values(tmp_path, -1.0, 1.0, script=script) == pytest.approx([-1, 1], abs=0.1)
 
 
-def test_discounting(tmp_path):
-    learn(tmp_path, "Delayed")
-    assert values(tmp_path, 0.0, 1.0) == pytest.approx([0.9, 1], abs=0.05)
+@ON_POLICY
+def test_discounting(script, tmp_path):
+    learn(tmp_path, "Delayed", script=script)
+    assert values(tmp_path, 0.0, 1.0, script=script) == pytest.approx([0.9, 1], abs=0.05)
+
+
+@pytest.mark.parametrize("script", ["a2c", "reinforce"])
+def test_a_time_limit_bootstraps_in_the_others_too(script, tmp_path):
+    """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9) = 10, normalised or not."""
+    assert learn(tmp_path / "a", "Forever", script=script) == pytest.approx(10, abs=0.7)
+    scaled = "--norm-reward" if script == "a2c" else "--norm-returns"
+    value = learn(tmp_path / "b", "Forever", scaled, "--norm-obs", script=script)
+    assert value == pytest.approx(10, abs=1)
 
 
 @pytest.mark.parametrize("extra", [(), ("--no-recompute-advantages",), ("--gae-lambda", "0.5")])
@@ -54,24 +79,27 @@ def test_a_time_limit_bootstraps_under_normalisation(tmp_path):
     assert learn(tmp_path, "Forever", *normalised) == pytest.approx(10, abs=1)
 
 
-def test_the_bootstrap_is_the_final_observation_and_not_the_next_episodes_first(tmp_path):
+@ON_POLICY
+def test_the_bootstrap_is_the_final_observation_and_not_the_next_episodes_first(script, tmp_path):
     """V(s) = s + 0.9 V(1 - s): 4.74 and 5.26. From the wrong observation they differ by 1."""
-    learn(tmp_path, "Swap")
-    low, high = values(tmp_path, 0.0, 1.0)
+    learn(tmp_path, "Swap", script=script)
+    low, high = values(tmp_path, 0.0, 1.0, script=script)
     assert (low + high) / 2 == pytest.approx(5, abs=0.4)
     assert high - low == pytest.approx(0.526, abs=0.2)
 
 
-def test_its_terminating_twin_does_not(tmp_path):
+@ON_POLICY
+def test_its_terminating_twin_does_not(script, tmp_path):
     """The same, but ending after 5 steps: V of the first step is 4.1, and a mean near 2.7."""
-    assert 2 < learn(tmp_path, "Ending") < 4.1
+    assert 2 < learn(tmp_path, "Ending", script=script) < 4.1
 
 
-def test_best_action_in_a_lopsided_box(tmp_path):
+@ON_POLICY
+def test_best_action_in_a_lopsided_box(script, tmp_path):
     """The best action is (4.5, -7) in [3, 5] x [-8, 0]."""
-    learn(tmp_path, "Target")
+    learn(tmp_path, "Target", script=script)
     box = gym.make("probes:Target-v0").action_space
-    mean, _ = networks(tmp_path)[0](torch.zeros(1))
+    mean, _ = networks(tmp_path, script)[0](torch.zeros(1))
     action = load("ppo_continuous").ActionScaler(box)(mean.detach())
     assert action.tolist() == pytest.approx([4.5, -7], abs=0.3)
     assert metrics(tmp_path)[-1]["eval/episodic_return"] > -0.05
@@ -82,9 +110,10 @@ def test_best_action_in_a_box_of_whole_numbers(tmp_path):
     assert metrics(tmp_path)[-1]["eval/episodic_return"] > -0.01
 
 
-def test_best_action_depends_on_the_observation(tmp_path):
-    learn(tmp_path, "ObservedTarget")
-    actor, _ = networks(tmp_path)
+@ON_POLICY
+def test_best_action_depends_on_the_observation(script, tmp_path):
+    learn(tmp_path, "ObservedTarget", script=script)
+    actor, _ = networks(tmp_path, script)
     means = actor(torch.tensor([[-1.0], [1.0]]))[0].flatten().tolist()
     assert means == pytest.approx([-0.5, 0.5], abs=0.15)
 
@@ -107,10 +136,11 @@ def test_the_first_gradient_is_on_policy(tmp_path):
         assert line["losses/clipfrac"] == 0
 
 
-def test_evaluation_is_deterministic_without_exploration(tmp_path):
+@ON_POLICY
+def test_evaluation_is_deterministic_without_exploration(script, tmp_path):
     """The mean action of a policy that otherwise jumps all over the box: every episode the same."""
     wild = ["--log-std-init", "1.5", "--total-timesteps", "256", "--eval-episodes", "5"]
-    learn(tmp_path, "Target", *wild)
+    learn(tmp_path, "Target", *wild, script=script)
     assert metrics(tmp_path)[-1]["eval/episodic_return_std"] == 0
 
 
@@ -141,9 +171,10 @@ def test_minibatches_of_one_sample(tmp_path):
     learn(tmp_path, "Target", *extra)
 
 
-def test_odd_spaces_run(tmp_path):
+@ON_POLICY
+def test_odd_spaces_run(script, tmp_path):
     """Dict observations, a matrix of actions, float64 and 2-d parts, values in a nested Dict."""
-    learn(tmp_path, "Nested", "--total-timesteps", "512")
+    learn(tmp_path, "Nested", "--total-timesteps", "512", script=script)
     assert training(tmp_path)[-1]["charts/episodic_length"] == 7
 
 

@@ -208,7 +208,7 @@ def test_training_can_be_prolonged(script, tmp_path):
     old = metrics(folder)
     run(script, "--resume", folder, "--total-timesteps", 1024, quick=False)
     new = metrics(folder)
-    assert new[: len(old)] == old and new[-1]["global_step"] == 1024
+    assert new[: len(old)] == old and 1024 <= new[-1]["global_step"] < 1300
     assert new[len(old)]["wall_time"] > old[-1]["wall_time"]
 
 
