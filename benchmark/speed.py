@@ -42,6 +42,10 @@ DQN = """--train-frequency 10 --batch-size 128 --buffer-size 10000 --learning-st
 PONG = """--train-frequency 4 --batch-size 32 --buffer-size 10000 --learning-starts 1000
 --target-frequency 1000 --optimizer adam --learning-rate 1e-4 --epsilon-start 0.1
 --epsilon-end 0.1 --device cpu"""
+A2C = "--num-steps 5 --gae-lambda 1 --critic-steps 1 --no-norm-adv"
+A2C_SMALL = " --num-envs 8 --no-norm-obs --no-norm-reward"
+A2C_CHEETAH = ("a2c.py", "HalfCheetah-v5", 80_000, 20_000)
+A2C_CARTPOLE = ("a2c.py", "CartPole-v1", 80_000, 20_000)
 CHEETAH = ("ppo.py", "HalfCheetah-v5", 81_920, 20_480)
 CARTPOLE, ATARI = (
     ("dqn.py", "CartPole-v1", 60_000, 20_000),
@@ -50,16 +54,21 @@ CARTPOLE, ATARI = (
 ROWS = {
     "PPO, HalfCheetah": Row("ppo_continuous.py", PPO, *CHEETAH),
     "PPO, HalfCheetah, --compile": Row("ppo_continuous.py", PPO + " --compile", *CHEETAH),
+    "A2C, HalfCheetah": Row("a2c.py", A2C, *A2C_CHEETAH),
+    "A2C, HalfCheetah, --compile": Row("a2c.py", A2C + " --compile", *A2C_CHEETAH),
+    "A2C, CartPole": Row("a2c.py", A2C + A2C_SMALL, *A2C_CARTPOLE),
+    "A2C, CartPole, --compile": Row("a2c.py", A2C + A2C_SMALL + " --compile", *A2C_CARTPOLE),
     "DQN, CartPole": Row("dqn.py", DQN, *CARTPOLE),
     "DQN, CartPole, --compile": Row("dqn.py", DQN + " --compile", *CARTPOLE),
     "DQN, Pong": Row("dqn.py", PONG, *ATARI),
     "DQN, Pong, --compile": Row("dqn.py", PONG + " --compile", *ATARI),
 }
 WORK = """PPO: 8 environments x 256 steps, 10 epochs, minibatches of 64, 64-64 tanh networks,
-observations and rewards normalised, advantages computed once a rollout. DQN, CartPole: a gradient
-step on 128 transitions every 10 steps, 120-84 network. DQN, Pong: one on 32 every 4 steps of 4
-frames, network of Mnih et al. 2015, Adam. Both sides of DQN use Huber's loss; the peers' also clip
-gradients. SBX is Stable-Baselines3 in JAX, bound to one core."""
+observations and rewards normalised, advantages computed once a rollout. A2C: 16 environments x 5
+steps, on CartPole 8 x 5 and nothing normalised, one step on both networks. DQN, CartPole: a
+gradient step on 128 transitions every 10 steps, 120-84 network. DQN, Pong: one on 32 every 4 steps
+of 4 frames, network of Mnih et al. 2015, Adam. Both sides of DQN use Huber's loss; the peers' also
+clip gradients. SBX is Stable-Baselines3 in JAX, bound to one core."""
 PEERS = {"stable_baselines3": "Stable-Baselines3", "sbx": "SBX"}
 
 
@@ -119,7 +128,8 @@ def peers(pairs: int, only: str) -> None:
     for title, row in ROWS.items():
         if only not in title:
             continue
-        libraries = [x for x in PEERS if x != "sbx" or not row.env_id.startswith("ALE/")]
+        without_sbx = row.peer == "a2c.py" or row.env_id.startswith("ALE/")  # it has neither
+        libraries = [x for x in PEERS if x != "sbx" or not without_sbx]
         rounds = [
             (our_speeds(row)[0], *(peer_speed(row, library) for library in libraries))
             for _ in range(pairs)
