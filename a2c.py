@@ -1,35 +1,35 @@
 """Advantage actor-critic (A2C), complete in this one file.
 
 A policy gradient that does not wait for the end of the episode. After a few steps in each of many
-environments, the critic V estimates what comes after them, and one gradient step follows on both
-networks. V serves twice: as the baseline that says which returns are better than expected, and as
-the bootstrap that ends the sum of rewards early. The n-step return is the one of Mnih et al. 2016,
-arXiv:1602.01783; lambda mixes all n-step returns (arXiv:1506.02438, whose equation numbers follow).
-With --num-steps 1 --gae-lambda 0 this is the actor-critic with the one-step TD error.
+environments follows one gradient step. The critic V serves twice: as the baseline that says which
+returns are better than expected, and as an estimate of what comes after these few steps. Mnih et
+al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438. Its lambda says how soon
+V takes over from the rewards. 1: after the last of the steps, as in the first paper (n-step
+returns); 0: after one step (TD error); between them: a mixture of both.
 
-    for each iteration:
+    for each update:
         run the policy for num_steps in each of num_envs environments
         delta_t = r_t + gamma V(s_t+1) - V(s_t)                                       (eq. 10)
-        A_t = delta_t + gamma lambda A_t+1, R_t = A_t + V(s_t)                         (eq. 16)
-        (no V(s_t+1) after a termination, no A_t+1 after the end of any episode)
-        one step on -mean of log pi(a_t|s_t) A_t + c1 (V(s_t) - R_t)^2 / 2 - c2 entropy
-        critic_steps - 1 further steps on (V(s_t) - R_t)^2
+        A_t = delta_t + gamma lambda A_t+1, and R_t = A_t + V(s_t)                     (eq. 16)
+        (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or of the steps)
+        one step on the mean of -log pi(a_t|s_t) A_t + c1 (V(s_t) - R_t)^2 / 2 - c2 entropy
+        critic_steps - 1 further steps on the mean of c1 (V(s_t) - R_t)^2 / 2
 
     python a2c.py --env-id HalfCheetah-v5 --seed 1
     python a2c.py --env-id ALE/Pong-v5 --seed 1
 
 The paper's A3C has many workers that send gradients to one network without waiting for each other,
-so that a gradient belongs to a policy which is no longer the newest. To step all environments with
-one policy, and wait for all, learns at least as well, and uses processors and GPUs better
+so that a gradient may be of an older policy than the newest. To step all environments with one
+policy, and wait for all, learns at least as well, and uses processors and GPUs better
 (openai.com/index/openai-baselines-acktr-a2c). This synchronous form is called A2C.
 
 Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
-- With vector observations: separate networks for policy and value, which takes several steps for
-  each one of the policy; lambda of 0.95; normalised observations, rewards and advantages, as in
-  ppo_continuous.py. The paper's Atari values for the rest, with 4 frames as in A2C's own code.
-- Gradients are clipped, and the networks are initialised, as in published results of A2C.
+- With vector observations: separate networks, of which the critic takes several steps on each batch
+  (the policy gradient is right only for the policy that acted; the critic's targets stay right),
+  lambda of 0.95, and observations, rewards and advantages normalised as in arXiv:2005.12729.
+- On Atari: the network of DQN (Nature, 2015), step size and clipping as in OpenAI Baselines' A2C.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ class Args:
     learning_rate: float = Default(1.5e-3, atari=7e-4)
     """Step size of the optimizer at the start."""
     critic_learning_rate: float = Default(1e-3, atari=7e-4)
-    """Step size for the critic at the start; Atari's shared network has only the other."""
+    """Step size for the critic at the start; not on Atari, where one network serves both."""
     anneal_lr: bool = True
     """Lower the learning rates linearly over the run, to 0 at its end."""
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"
-    """Optimizer; rmsprop in TensorFlow's form, which published results used."""
+    """Optimizer; rmsprop in TensorFlow's form, as in OpenAI Baselines."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products in float32 (highest), faster ones (medium), bfloat16 in Atari's network."""
     gamma: float = 0.99
@@ -191,7 +191,7 @@ def tanh_mlp(in_dim: int, out_dim: int, out_gain: float) -> nn.Sequential:
 
 
 class CategoricalActor(nn.Module):
-    """Policy over numbered actions. Shapes: obs (..., obs_dim) -> logits (..., num_actions)."""
+    """Policy over discrete actions. Shapes: obs (..., obs_dim) -> logits (..., num_actions)."""
 
     def __init__(self, obs_dim: int, num_actions: int) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
 
 
 def log_prob(policy: Policy, actions: Tensor) -> Tensor:
-    """Log-probability of numbered actions, log-density of continuous ones.
+    """Log-probability of discrete actions, log-density of continuous ones.
 
     Shapes: actions (...) or (..., action_dim) -> (...).
     """
@@ -311,7 +311,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def stack_steps(steps: list[tuple], device: torch.device) -> list[Tensor]:
-    """Tensors (T, num_envs, ...) from T tuples of arrays (num_envs, ...); fractions as float32."""
+    """Tensors (T, num_envs, ...) from T tuples of arrays (num_envs, ...); booleans as 0 and 1."""
     stacked = [torch.stack([torch.as_tensor(x) for x in part]) for part in zip(*steps, strict=True)]
     to_float32 = (torch.float64, torch.bool)
     return [x.to(device, torch.float32 if x.dtype in to_float32 else x.dtype) for x in stacked]
@@ -327,7 +327,7 @@ def train(args: Args) -> None:
     to_env = ActionNumbers(action_space) if discrete else ActionScaler(action_space)
     agent = make_agent(args, obs_shape, to_env).to(device)
     optimizer = make_optimizer(args, agent)
-    networks = [group["params"] for group in optimizer.param_groups]  # clipped apart
+    networks = [group["params"] for group in optimizer.param_groups]  # each is clipped by itself
     obs_normalizer = ObsNormalizer(*obs_shape, args.obs_clip) if args.norm_obs else nn.Identity()
     obs_normalizer.to(device)
     reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
@@ -361,7 +361,7 @@ def train(args: Args) -> None:
         }
 
     def critic_step(obs, returns):
-        """The same for the critic alone."""
+        """The same for the critic alone. The policy has no gradient then, and stays as it is."""
         loss = args.vf_coef * 0.5 * (agent.critic(obs) - returns).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(networks[1], args.max_grad_norm)
@@ -381,8 +381,8 @@ def train(args: Args) -> None:
     run.begin()
     obs, lives = np.stack(envs.get_attr("obs")), count_lives(args, envs)
     update_metrics = []
-    update_steps = args.num_envs * args.num_steps
-    iteration_steps = math.ceil(args.log_frequency / update_steps) * update_steps
+    batch_size = args.num_envs * args.num_steps
+    iteration_steps = math.ceil(args.log_frequency / batch_size) * batch_size
     last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
 
     while global_step < last_step:
@@ -401,11 +401,11 @@ def train(args: Args) -> None:
             obs, rewards, terminations, truncations, infos = envs.step(to_env(actions))
             global_step += args.num_envs
             dones = terminations | truncations
-            cut_values = torch.zeros_like(values)
-            if dones.any():  # obs is already the next episode's first there
+            cut_values = torch.zeros_like(values)  # V where a time limit has cut an episode
+            if dones.any():
                 ended = infos["final_info"]
                 run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
-            if truncations.any():
+            if truncations.any():  # obs is already the next episode's first there
                 final_obs = np.stack(infos["final_obs"][truncations])
                 with torch.no_grad():
                     cut_values[truncations] = agent(to_network(final_obs))[1]
@@ -426,7 +426,7 @@ def train(args: Args) -> None:
             rewards = reward_scaler(rewards)
         with torch.no_grad():
             _, last_values = agent(to_network(obs))
-        next_values = torch.cat([values[1:], last_values[None]])
+        next_values = torch.cat([values[1:], last_values[None]])  # V(s_t+1)
         next_values = torch.where(dones > 0, cut_values, next_values)
         advantages = compute_gae(  # eq. 10, 16
             rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
@@ -438,7 +438,7 @@ def train(args: Args) -> None:
         }
 
         # 4. Update
-        if args.norm_adv and update_steps > 1:  # the std of one sample is not defined
+        if args.norm_adv and batch_size > 1:  # the std of one sample is not defined
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         batch = to_network(observed), actions, advantages, returns
         batch = [x.flatten(0, 1) for x in batch]
@@ -449,12 +449,12 @@ def train(args: Args) -> None:
             optimizer.zero_grad()
             critic_step(batch[0], batch[3])
             optimizer.step()
-        if args.norm_obs:  # last, so that the policy was trained on what it saw
+        if args.norm_obs:  # last: the policy acts and learns with the same normalisation
             obs_normalizer.update(observed.flatten(0, 1).float())
 
         # 5. Log, checkpoint, evaluate
         finite = update_metrics[-1]["losses/policy_loss"].isfinite()
-        if due(global_step, iteration_steps) or not finite:  # the latter ends the run
+        if due(global_step, iteration_steps) or not finite:  # then end_iteration ends the run
             metrics = {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
             for name in update_metrics[0]:
                 metrics[name] = torch.stack([x[name] for x in update_metrics]).mean().item()
@@ -555,7 +555,8 @@ def make_optimizer(args: Args, agent: nn.Module) -> torch.optim.Optimizer:
 class RMSpropTF(torch.optim.Optimizer):
     """RMSProp as in TensorFlow: the mean square of gradients starts at 1, epsilon is in the root.
 
-    A parameter without a gradient stays as it is. Source: Tieleman and Hinton 2012, lecture 6.5.
+    Gradients are smaller than 1, so that the first steps are short. A parameter without a gradient
+    stays as it is. Source: tensorflow.org, tf.compat.v1.train.RMSPropOptimizer.
     """
 
     def __init__(self, groups: list[dict[str, Any]], alpha: float, eps: float) -> None:
@@ -733,7 +734,9 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             __import__("ale_py")  # registers the games
         if args.atari:
             return ReplayableEnv(AtariGame(args, render_mode))
-        if f"ALE/{old_name}-v5" in gym.registry:
+        registered = gym.registry.get(args.env_id)  # Blackjack-v1, say, is no old name of a game
+        is_old = not registered or "ale_py" in str(registered.entry_point)
+        if is_old and f"ALE/{old_name}-v5" in gym.registry:
             raise gym.error.NameNotFound(f"this game is ALE/{old_name}-v5 today")
         env = gym.make(args.env_id, **(args.env_kwargs | render))
     space = env.action_space

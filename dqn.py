@@ -560,7 +560,9 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             __import__("ale_py")  # registers the games
         if args.atari:
             return ReplayableEnv(AtariGame(args, render_mode))
-        if f"ALE/{old_name}-v5" in gym.registry:
+        registered = gym.registry.get(args.env_id)  # Blackjack-v1, say, is no old name of a game
+        is_old = not registered or "ale_py" in str(registered.entry_point)
+        if is_old and f"ALE/{old_name}-v5" in gym.registry:
             raise gym.error.NameNotFound(f"this game is ALE/{old_name}-v5 today")
         env = gym.make(args.env_id, **(args.env_kwargs | render))
     action_space = env.action_space

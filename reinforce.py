@@ -1,32 +1,33 @@
 """REINFORCE, the Monte Carlo policy gradient, complete in this one file.
 
-The policy plays whole episodes. Then the probability of every action goes up or down in proportion
-to the return that followed it, less a baseline. On average this is a step along the gradient of the
-expected return, but single returns vary much. The two ideas that reduce the variance are switches
-here: an action is weighted by the rewards after it only (--reward-to-go), and a baseline says which
-returns are better than usual (--baseline). Williams 1992, doi:10.1007/BF00992696; with a learned
-baseline: Sutton et al. 1999, "Policy gradient methods for reinforcement learning"; for an overview,
-arXiv:1506.02438, whose equation numbers these are.
+The policy plays whole episodes. Then every action becomes more likely in proportion to the return
+that followed it; on average, this is a step along the gradient of the expected return. But the
+return of a single episode is very noisy. The two ideas that reduce the noise are switches here.
+--reward-to-go: rewards from before an action say nothing about it, and are left out. --baseline: a
+number b is subtracted from the return. This changes nothing on average, because the gradient of
+log pi(a|s) is 0 on average, as long as the action has no influence on its own b. Williams 1992,
+doi:10.1007/BF00992696; with V(s) as baseline: Sutton et al. 1999, "Policy gradient methods for
+reinforcement learning". Equation and section numbers are those of the overview arXiv:1506.02438.
 
     for each iteration:
         play one whole episode in each of num_envs environments
-        G_t = r_t + gamma G_t+1                                  (the reward to go; section 2)
-        A_t = G_t - b          (no action may change its own b; constant, by time, or V(s_t))
+        G_t = r_t + gamma G_t+1                                          (section 2)
+        A_t = G_t - b, with a constant b, or one for each t, or b = V(s_t)
         one Adam step on -mean over episodes of sum over t of log pi(a_t|s_t) A_t       (eq. 1)
         with b = V(s_t): gradient steps on (V(s_t) - G_t)^2
 
     python reinforce.py --env-id CartPole-v1 --seed 1
     python reinforce.py --env-id HalfCheetah-v5 --seed 1
 
-Deviations from the paper:
+Deviations from the paper (Williams 1992):
 - A time limit is not part of the task (arXiv:1712.00378). With --baseline value, the return goes on
-  with V of the episode's last observation. The other baselines have no V: the return ends with the
-  episode there, so that the last actions before the limit look worse than they are.
+  with V of the episode's last observation. The other baselines have no V: there, the return ends
+  with the episode, so that the last actions before the limit are credited with too little.
 - The return from each step is discounted from that step on. The exact gradient of the discounted
   return has a factor gamma^t, too, which would nearly remove late steps from the sum.
-- Advantages are divided by their standard deviation, so that the units of the reward do not matter;
-  their mean is kept, because to subtract it would be a baseline.
-- Adam with a falling step size; the paper has plain gradient ascent.
+- Advantages are divided by their root mean square, so that the units of the reward do not matter.
+  Their mean is not subtracted: that would be one more baseline.
+- Adam with a falling learning rate, where the paper has plain gradient ascent.
 - Observations are normalised by running statistics, as in arXiv:2005.12729.
 """
 
@@ -72,10 +73,10 @@ class Args:
     reward_to_go: bool = True
     """Weight an action by the rewards after it; without: by the return of the whole episode."""
     baseline: Literal["none", "constant", "optimal", "time", "value"] = "value"
-    """Subtracted from returns: nothing; their mean; the constant of least variance; their mean at
-    the same time step; a learned V(s). All but the last come from the other episodes' returns."""
+    """What is subtracted. constant: mean return of the other episodes; optimal: from them, too, the
+    number of least variance; time: their mean at the same step; value: a learned V(s)."""
     norm_adv: bool = True
-    """Divide advantages by their standard deviation."""
+    """Divide advantages by their root mean square."""
     critic_learning_rate: float = 1e-3
     """Step size for the critic at the start."""
     critic_steps: Count = 40
@@ -155,7 +156,7 @@ def tanh_mlp(in_dim: int, out_dim: int, out_gain: float) -> nn.Sequential:
 
 
 class CategoricalActor(nn.Module):
-    """Policy over numbered actions. Shapes: obs (..., obs_dim) -> logits (..., num_actions)."""
+    """Policy over discrete actions. Shapes: obs (..., obs_dim) -> logits (..., num_actions)."""
 
     def __init__(self, obs_dim: int, num_actions: int) -> None:
         super().__init__()
@@ -212,7 +213,7 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
 
 
 def log_prob(policy: Policy, actions: Tensor) -> Tensor:
-    """Log-probability of numbered actions, log-density of continuous ones.
+    """Log-probability of discrete actions, log-density of continuous ones.
 
     Shapes: actions (...) or (..., action_dim) -> (...).
     """
@@ -248,7 +249,7 @@ def mode(policy: Policy) -> Tensor:
 def discounted_returns(rewards: Tensor, cut_values: Tensor, dones: Tensor, gamma: float) -> Tensor:
     """Rewards to go: the discounted sum of rewards from each step to its episode's end.
 
-    cut_values are what follows an episode's last step: 0, or V where a time limit has cut it.
+    cut_values are what follows an episode's last step: V where a time limit has cut it, else 0.
 
     Shapes: all (T, N) -> (T, N). Source: Schulman et al. 2016, section 2.
     """
@@ -263,8 +264,8 @@ def discounted_returns(rewards: Tensor, cut_values: Tensor, dones: Tensor, gamma
 def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     """Minus the mean over episodes of sum over t of log pi(a_t|s_t) A_t.
 
-    Its gradient, not its value, has a meaning: it estimates minus the policy gradient, without bias
-    if gamma is 1 and no action changes its own baseline.
+    Its value has no meaning. Its gradient estimates minus the policy gradient: without bias, if
+    gamma is 1, no time limit cuts, nothing is normalised and no action changes its own baseline.
 
     Shapes: log_probs, advantages (T, N), advantages 0 after an episode's end -> ().
     Source: Williams 1992, theorem 1.
@@ -279,17 +280,17 @@ def episode_gradients(actor: nn.Module, obs: Tensor, actions: Tensor, weights: T
     -> (N, number of the actor's parameters).
     """
 
-    def weighted_sum(parameters, obs, actions, weights):
+    def weighted_sum(parameters, obs, actions, weights):  # of one episode: (T, ...)
         policy = torch.func.functional_call(actor, parameters, obs)
         return (log_prob(policy, actions) * weights).sum()
 
-    of_each = torch.func.vmap(torch.func.grad(weighted_sum), in_dims=(None, 1, 1, 1))
-    gradients = of_each(dict(actor.named_parameters()), obs, actions, weights)
+    per_episode = torch.func.vmap(torch.func.grad(weighted_sum), in_dims=(None, 1, 1, 1))
+    gradients = per_episode(dict(actor.named_parameters()), obs, actions, weights)
     return torch.cat([x.flatten(1) for x in gradients.values()], dim=1).detach()
 
 
-# These baselines come from the other episodes only: no action changes its own baseline, and the
-# gradient stays unbiased (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!").
+# These baselines come from the other episodes (totals minus the own part), so that no action
+# changes its own (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!").
 # `playing` is 1 at an episode's steps and 0 after its end.
 
 
@@ -300,7 +301,7 @@ def constant_baseline(returns: Tensor, playing: Tensor) -> Tensor:
 
 
 def time_baseline(returns: Tensor, playing: Tensor) -> Tensor:
-    """Mean over the other episodes at the same time; after the end of all, over all their steps.
+    """Mean over the other episodes at the same step; if none is that long: constant_baseline.
 
     Shapes: (T, N), (T, N) -> (T, N).
     """
@@ -312,8 +313,8 @@ def time_baseline(returns: Tensor, playing: Tensor) -> Tensor:
 def optimal_baseline(scores: Tensor, gradients: Tensor) -> Tensor:
     """The constant b that makes the variance of the gradients - b * scores as small as possible.
 
-    Row n is episode n's gradient of sum over t of log pi(a_t|s_t), or of log pi(a_t|s_t) G_t. Where
-    all steps of an episode have one return, b is the mean return, weighted by squared scores.
+    scores[n] is episode n's gradient of sum over t of log pi(a_t|s_t), gradients[n] the same with
+    G_t as a factor. b is where the derivative of the mean of |gradients - b * scores|^2 is 0.
 
     Shapes: (N, P), (N, P) -> (N,). Source: Greensmith et al. 2004, section 4.
     """
@@ -330,7 +331,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def stack_steps(steps: list[tuple], device: torch.device) -> list[Tensor]:
-    """Tensors (T, num_envs, ...) from T tuples of arrays (num_envs, ...); fractions as float32."""
+    """Tensors (T, num_envs, ...) from T tuples of arrays (num_envs, ...); booleans as 0 and 1."""
     stacked = [torch.stack([torch.as_tensor(x) for x in part]) for part in zip(*steps, strict=True)]
     to_float32 = (torch.float64, torch.bool)
     return [x.to(device, torch.float32 if x.dtype in to_float32 else x.dtype) for x in stacked]
@@ -390,7 +391,7 @@ def train(args: Args) -> None:
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         critic_optimizer.param_groups[0]["lr"] = critic_lr * remaining
 
-        envs.set_attr("waiting", False)  # see OneEpisode
+        envs.set_attr("waiting", False)  # all begin their next episode
         obs, playing = np.stack(envs.get_attr("obs")), np.ones(args.num_envs, np.bool_)
         steps = []
         while playing.any() and len(steps) < LONGEST_EPISODE:
@@ -408,10 +409,11 @@ def train(args: Args) -> None:
             if dones.any():  # obs is already the next episode's first there
                 ended = infos["final_info"]
                 run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
-            if truncations.any() and args.baseline == "value":
-                final_obs = np.stack(infos["final_obs"][truncations])
+            cut = truncations & ~terminations
+            if cut.any() and args.baseline == "value":
+                final_obs = np.stack(infos["final_obs"][cut])
                 with torch.no_grad():
-                    cut_values[truncations] = critic(to_network(final_obs)) * return_scaler.scale
+                    cut_values[cut] = critic(to_network(final_obs)) * return_scaler.scale
             playing = playing & ~dones
             steps.append((last_obs, actions, rewards, dones, cut_values, last_playing))
 
@@ -432,13 +434,14 @@ def train(args: Args) -> None:
             baseline = time_baseline(weights, playing)
         else:
             with torch.no_grad():
-                baseline = critic(normed_obs) * return_scaler.scale  # in units of the reward
+                values = critic(normed_obs) * return_scaler.scale  # in units of the reward
+            baseline = values if args.reward_to_go else values[:1]
         advantages = (weights - baseline) * playing
-        if args.norm_adv and mask.sum() > 1:  # the std of one sample is not defined
-            advantages = advantages / (advantages[mask].std() + 1e-8)
+        gradients = episode_gradients(actor, normed_obs, actions, advantages)  # only for the log
+        if args.norm_adv:
+            advantages = advantages / (advantages[mask].square().mean().sqrt() + 1e-8)
 
         # 4. Update
-        gradients = episode_gradients(actor, normed_obs, actions, advantages)  # for the log
         optimizer.zero_grad()
         policy = actor(normed_obs)
         log_probs = log_prob(policy, actions)
@@ -450,11 +453,13 @@ def train(args: Args) -> None:
             "losses/policy_loss": policy_loss.item(),
             "losses/entropy": entropy(policy)[mask].mean().item(),
             "losses/grad_norm": gradients.mean(0).norm().item(),
-            "losses/gradient_variance": (gradients.var(0).sum() / args.num_envs).item(),
         }
+        if args.num_envs > 1:  # variance of the mean over the episodes, summed over parameters
+            variance = gradients.var(0).sum() / args.num_envs
+            metrics["losses/gradient_variance"] = variance.item()
         if args.baseline == "value":
             inputs, returns = normed_obs[mask], returns[mask]
-            values = baseline[mask]
+            values = values[mask]
             metrics["losses/values"] = values.mean().item()
             metrics["losses/explained_variance"] = explained_variance(values, returns).item()
             if args.norm_returns:
@@ -467,7 +472,7 @@ def train(args: Args) -> None:
                 value_losses.append(critic_step(inputs[sampled], targets[sampled]))
                 critic_optimizer.step()
             metrics["losses/value_loss"] = torch.stack(value_losses).mean().item()
-        if args.norm_obs:  # last, so that the policy was trained on what it saw
+        if args.norm_obs:  # last: the policy acts and learns with the same normalisation
             obs_normalizer.update(observed[mask].float())
 
         # 5. Log, checkpoint, evaluate
@@ -552,7 +557,10 @@ def make_envs(args: Args) -> VectorEnv:
 
 
 class OneEpisode(gym.Wrapper):
-    """Plays an episode, and waits at the start of the next one until `waiting` is set to False."""
+    """Plays an episode, and waits at the start of the next one until `waiting` is set to False.
+
+    If it played on while the others finish, there would be more short episodes than long ones.
+    """
 
     waiting = False
 

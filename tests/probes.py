@@ -77,6 +77,14 @@ class Ending(Forever):
     truncates = False
 
 
+class Both(Ending):
+    """The same, with a time limit at the very step that ends the task."""
+
+    def step(self, action):
+        obs, reward, termination, _, info = super().step(action)
+        return obs, reward, termination, termination, info
+
+
 class Swap(Probe):
     """One step from s to 1 - s with reward s, then a time limit: V(s) = s + gamma V(1 - s).
 
@@ -391,6 +399,7 @@ for probe in [
     Probe,
     *Probe.__subclasses__(),
     Ending,
+    Both,
     ObservedTarget,
     Meddling,
     Breaking,

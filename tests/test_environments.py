@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import observe
+from conftest import observe, run, training
 
 REPLAYED = ["HalfCheetah-v5", "Hopper-v5", "Ant-v5", "probes:Counting-v0", "probes:Meddling-v0"]
 
@@ -115,3 +115,11 @@ def test_buffer_fields_stay_together(ppo):
     assert (fields["next_obs"] == ids[:, None] + 0.5).all() and (fields["log_probs"] == -ids).all()
     assert (fields["actions"][:, 0] == ids).all() and (fields["rewards"] == 2 * ids).all()
     assert (fields["terminations"] == ids % 2).all() and (fields["dones"] == ids % 3).all()
+
+
+@pytest.mark.parametrize("script", ["dqn", "a2c", "reinforce"])
+def test_an_environment_that_shares_its_name_with_a_game(script, tmp_path):
+    """Blackjack-v1 is no old name of ALE/Blackjack-v5."""
+    words = ["--env-id", "Blackjack-v1", "--env-kwargs", "{}", "--total-timesteps", 256]
+    run(script, *words, "--run-dir", tmp_path / "r")
+    assert training(tmp_path / "r")[-1]["charts/episodes"] > 1

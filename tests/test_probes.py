@@ -89,9 +89,10 @@ def test_the_bootstrap_is_the_final_observation_and_not_the_next_episodes_first(
 
 
 @ON_POLICY
-def test_its_terminating_twin_does_not(script, tmp_path):
+@pytest.mark.parametrize("probe", ["Ending", "Both"])
+def test_its_terminating_twin_does_not(script, probe, tmp_path):
     """The same, but ending after 5 steps: V of the first step is 4.1, and a mean near 2.7."""
-    assert 2 < learn(tmp_path, "Ending", script=script) < 4.1
+    assert 2 < learn(tmp_path, probe, script=script) < 4.1
 
 
 @ON_POLICY
