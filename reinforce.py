@@ -90,7 +90,7 @@ class Args:
     env_id: str = "CartPole-v1"
     """Gymnasium environment; "module:Name-v0" imports the module first."""
     num_envs: Count = 8
-    """Environments stepped together."""
+    """Environments stepped together; each plays one episode for a step of the policy."""
     env_kwargs: Json = field(default_factory=dict)
     """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
     async_envs: bool = False

@@ -23,6 +23,7 @@ FIELD_VARIANTS: dict[str, str] = {
     "learning_rate": "of Adam, or of the optimizer that is chosen",
     "anneal_lr": "PPO names its source",
     "env_id": "some scripts: Atari too",
+    "num_envs": "REINFORCE: it is the number of episodes, too",
     "critic_learning_rate": "a2c: not on Atari",
     "optimizer": "the form of RMSProp differs",
     "norm_adv": "in minibatches, in the batch, or without the mean",
