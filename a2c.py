@@ -9,7 +9,7 @@ returns); 0: after one step (TD error); between them: a mixture of both.
 
     for each update:
         run the policy for num_steps in each of num_envs environments
-        delta_t = r_t + gamma V(s_t+1) - V(s_t)                                       (eq. 10)
+        delta_t = r_t + gamma V(s_t+1) - V(s_t)                                       (eq. 11)
         A_t = delta_t + gamma lambda A_t+1, and R_t = A_t + V(s_t)                     (eq. 16)
         (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or of the steps)
         one step on the mean of -log pi(a_t|s_t) A_t + c1 (V(s_t) - R_t)^2 / 2 - c2 entropy
@@ -428,7 +428,7 @@ def train(args: Args) -> None:
             _, last_values = agent(to_network(obs))
         next_values = torch.cat([values[1:], last_values[None]])  # V(s_t+1)
         next_values = torch.where(dones > 0, cut_values, next_values)
-        advantages = compute_gae(  # eq. 10, 16
+        advantages = compute_gae(  # eq. 11, 16
             rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
         )
         returns = advantages + values
@@ -528,7 +528,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], to_env: Any) -> nn.Module
     torch.set_float32_matmul_precision("highest" if args.precision == "highest" else "medium")
     if args.atari:
         if args.critic_steps > 1 or args.norm_obs:
-            stop("error: on Atari, where one network sees bytes: --critic-steps 1 --no-norm-obs")
+            stop("error: on Atari one network sees bytes: use --critic-steps 1 and --no-norm-obs")
         return AtariActorCritic(obs_shape[0], to_env.num_actions, args.precision == "bfloat16")
     if isinstance(to_env, ActionNumbers):
         actor = CategoricalActor(*obs_shape, to_env.num_actions)

@@ -406,11 +406,11 @@ def train(args: Args) -> None:
             global_step += int(playing.sum())
             dones = terminations | truncations
             cut_values = torch.zeros(args.num_envs, device=device)
-            if dones.any():  # obs is already the next episode's first there
+            if dones.any():
                 ended = infos["final_info"]
                 run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
             cut = truncations & ~terminations
-            if cut.any() and args.baseline == "value":
+            if cut.any() and args.baseline == "value":  # obs is already the next episode's first
                 final_obs = np.stack(infos["final_obs"][cut])
                 with torch.no_grad():
                     cut_values[cut] = critic(to_network(final_obs)) * return_scaler.scale
@@ -420,7 +420,7 @@ def train(args: Args) -> None:
         # 3. Targets
         observed, actions, rewards, dones, cut_values, playing = stack_steps(steps, device)
         normed_obs, mask = to_network(observed), playing > 0
-        returns = discounted_returns(rewards, cut_values, dones, args.gamma)
+        returns = discounted_returns(rewards, cut_values, dones, args.gamma)  # section 2
         weights = returns if args.reward_to_go else returns[:1].expand_as(returns)
         if args.baseline == "none":
             baseline = torch.zeros_like(returns)
@@ -436,7 +436,7 @@ def train(args: Args) -> None:
             with torch.no_grad():
                 values = critic(normed_obs) * return_scaler.scale  # in units of the reward
             baseline = values if args.reward_to_go else values[:1]
-        advantages = (weights - baseline) * playing
+        advantages = (weights - baseline).masked_fill(~mask, 0)
         gradients = episode_gradients(actor, normed_obs, actions, advantages)  # only for the log
         if args.norm_adv:
             advantages = advantages / (advantages[mask].square().mean().sqrt() + 1e-8)
@@ -446,7 +446,7 @@ def train(args: Args) -> None:
         policy = actor(normed_obs)
         log_probs = log_prob(policy, actions)
         assert log_probs.shape == advantages.shape
-        policy_loss = policy_gradient_loss(log_probs, advantages)
+        policy_loss = policy_gradient_loss(log_probs, advantages)  # eq. 1
         policy_loss.backward()
         optimizer.step()
         metrics = {

@@ -1,6 +1,5 @@
 """REINFORCE and A2C: the estimator against exact gradients, returns against their definitions."""
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -231,7 +230,7 @@ def test_gradients_of_episodes_add_up_to_the_loss(reinforce):
 # ---- Policies ------------------------------------------------------------------------------------
 
 
-def test_numbered_actions(reinforce):
+def test_discrete_actions(reinforce):
     logits, actions = rand(5, 7, 4) * 2, torch.randint(4, (5, 7))
     reference = Categorical(logits=logits)
     torch.testing.assert_close(reinforce.log_prob(logits, actions), reference.log_prob(actions))
@@ -338,20 +337,92 @@ def test_the_critic_can_take_more_steps_than_the_policy(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", ["a2c", "reinforce"])
 def test_discrete_actions_that_start_anywhere(script, tmp_path):
-    """Both scripts take numbered actions, too."""
+    """Both scripts take discrete actions, too."""
     words = "--num-envs 32 --total-timesteps 6400 --eval-episodes 5 --env-kwargs {}".split()
     run(script, "--env-id", "probes:Choice-v0", "--run-dir", tmp_path / "r", *words)
     assert metrics(tmp_path / "r")[-1]["eval/episodic_return"] > -0.1
 
 
-def test_a2c_on_atari(tmp_path):
-    """An update moves every layer, and a resume ends in the same weights."""
+@pytest.mark.parametrize("script", ["a2c", "reinforce"])
+def test_the_policy_learns_from_what_it_saw_when_it_acted(script, tmp_path, monkeypatch):
+    """Means of the actions in the gradient step are those of acting: the same normalisation."""
+    module, acted, learned = load(script), [], []
+    sample, log_prob = module.sample, module.log_prob
+
+    def look_at_sample(policy, rng):
+        acted.append(policy[0].clone())
+        return sample(policy, rng)
+
+    def look_at_log_prob(policy, actions):
+        learned.append(policy[0].detach().flatten(0, -2))
+        return log_prob(policy, actions)
+
+    if script == "reinforce":  # only for the log
+        monkeypatch.setattr(module, "episode_gradients", lambda *given: torch.ones(2, 1))
+    monkeypatch.setattr(module, "sample", look_at_sample)
+    monkeypatch.setattr(module, "log_prob", look_at_log_prob)
+    run(script, "--run-dir", tmp_path / "r")
+    assert len(learned) > 2
+    torch.testing.assert_close(torch.cat(learned), torch.cat(acted), rtol=1e-4, atol=1e-6)
+
+
+def test_each_network_has_its_learning_rate_and_its_own_clipping(a2c, tmp_path, monkeypatch):
+    step, rates, norms = a2c.RMSpropTF.step, [], []
+
+    def look(optimizer):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        sizes = [
+            [len(x) for x in group["params"] if x.dim() == 1] for group in optimizer.param_groups
+        ]
+        assert [1 in x for x in sizes] == [True, True] and sizes[1][-1] == 1
+        gradients = [[x.grad for x in g["params"]] for g in optimizer.param_groups]
+        norms.append([torch.nn.utils.get_total_norm(x).item() for x in gradients])
+        step(optimizer)
+
+    monkeypatch.setattr(a2c.RMSpropTF, "step", look)
+    words = ["--learning-rate", 0.02, "--critic-learning-rate", 0.01, "--max-grad-norm", 0.001]
+    run("a2c", *words, "--no-anneal-lr", "--critic-steps", 1, "--run-dir", tmp_path / "r")
+    assert set(map(tuple, rates)) == {(0.02, 0.01)}
+    assert np.allclose(norms, 0.001, rtol=0.01)
+
+
+ATARI = "--num-envs 2 --log-frequency 20 --eval-episodes 1 --no-anneal-lr".split()
+
+
+def test_a2c_on_atari(tmp_path, monkeypatch):
+    """An update moves every layer, and a resumed run ends in the same weights."""
     pytest.importorskip("ale_py")
-    words = "--env-id ALE/Breakout-v5 --num-envs 2 --log-frequency 20 --eval-episodes 1".split()
+    monkeypatch.setattr(load("a2c"), "LONGEST_EPISODE", 200)  # an evaluation's
+    words = ["--env-id", "ALE/Breakout-v5", *ATARI]
     run("a2c", *words, "--run-dir", tmp_path / "a", "--total-timesteps", 80, quick=False)
-    run("a2c", *words, "--run-dir", tmp_path / "b", "--total-timesteps", 20, quick=False)
-    agent = load("a2c").AtariActorCritic(4, 4, False)
-    assert checkpoint(tmp_path / "a")["agent"].keys() == agent.state_dict().keys()
-    first, last = checkpoint(tmp_path / "b")["agent"], checkpoint(tmp_path / "a")["agent"]
+    run("a2c", *words, "--run-dir", tmp_path / "b", "--total-timesteps", 40, quick=False)
+    first = checkpoint(tmp_path / "b")["agent"]
+    run("a2c", "--resume", tmp_path / "b", "--total-timesteps", 80, quick=False)
+    last = checkpoint(tmp_path / "b")["agent"]
+    assert first.keys() == load("a2c").AtariActorCritic(4, 4, False).state_dict().keys()
     assert all(not torch.equal(first[name], last[name]) for name in first)
-    assert gym.spec("ALE/Breakout-v5").id == "ALE/Breakout-v5"
+    whole = checkpoint(tmp_path / "a")["agent"]
+    assert all(torch.equal(whole[name], last[name]) for name in whole)
+
+
+@pytest.mark.parametrize("clips, ends", [(True, True), (False, False)])
+def test_what_a2c_learns_from_on_atari(clips, ends, tmp_path, monkeypatch):
+    """MsPacman: a pill is worth 10, and one of three lives is lost long before the game ends."""
+    pytest.importorskip("ale_py")
+    module, seen = load("a2c"), []
+    compute_gae = module.compute_gae
+
+    def look(rewards, values, next_values, terminations, dones, *rest):
+        seen.append((rewards.clone(), terminations.clone(), dones.clone()))
+        return compute_gae(rewards, values, next_values, terminations, dones, *rest)
+
+    monkeypatch.setattr(module, "compute_gae", look)
+    monkeypatch.setattr(module, "LONGEST_EPISODE", 200)
+    words = ["--env-id", "ALE/MsPacman-v5", *ATARI, "--total-timesteps", 500]
+    words += [] if clips else ["--no-clip-rewards"]
+    words += [] if ends else ["--no-episodic-life"]
+    run("a2c", *words, "--run-dir", tmp_path / "r", quick=False)
+    rewards, terminations, dones = (torch.cat(part) for part in zip(*seen, strict=True))
+    assert rewards.max() == 1 if clips else rewards.max() >= 10
+    assert not any("charts/episodes" in line for line in training(tmp_path / "r"))
+    assert (terminations.sum() > 0) == ends and torch.equal(terminations, dones)

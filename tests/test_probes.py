@@ -15,7 +15,7 @@ OWN = {
     "reinforce": "--num-envs 64 --learning-rate 0.01 --critic-learning-rate 0.01 "
     "--critic-steps 10 --critic-batch-size 64 --no-norm-returns --log-std-init -1",
 }
-ON_POLICY = pytest.mark.parametrize("script", ON_POLICY)
+each = pytest.mark.parametrize("script", ON_POLICY)
 
 
 def learn(folder, probe, *extra, script="ppo_continuous"):
@@ -41,18 +41,18 @@ def values(folder, *observations, script="ppo_continuous"):
         return networks(folder, script)[1](torch.tensor(observations)[:, None]).tolist()
 
 
-@ON_POLICY
+@each
 def test_constant_value(script, tmp_path):
     assert learn(tmp_path, "Probe", script=script) == pytest.approx(1, abs=0.05)
 
 
-@ON_POLICY
+@each
 def test_value_of_an_observation(script, tmp_path):
     learn(tmp_path, "ObservedValue", script=script)
     assert values(tmp_path, -1.0, 1.0, script=script) == pytest.approx([-1, 1], abs=0.1)
 
 
-@ON_POLICY
+@each
 def test_discounting(script, tmp_path):
     learn(tmp_path, "Delayed", script=script)
     assert values(tmp_path, 0.0, 1.0, script=script) == pytest.approx([0.9, 1], abs=0.05)
@@ -79,7 +79,7 @@ def test_a_time_limit_bootstraps_under_normalisation(tmp_path):
     assert learn(tmp_path, "Forever", *normalised) == pytest.approx(10, abs=1)
 
 
-@ON_POLICY
+@each
 def test_the_bootstrap_is_the_final_observation_and_not_the_next_episodes_first(script, tmp_path):
     """V(s) = s + 0.9 V(1 - s): 4.74 and 5.26. From the wrong observation they differ by 1."""
     learn(tmp_path, "Swap", script=script)
@@ -88,14 +88,14 @@ def test_the_bootstrap_is_the_final_observation_and_not_the_next_episodes_first(
     assert high - low == pytest.approx(0.526, abs=0.2)
 
 
-@ON_POLICY
+@each
 @pytest.mark.parametrize("probe", ["Ending", "Both"])
 def test_its_terminating_twin_does_not(script, probe, tmp_path):
     """The same, but ending after 5 steps: V of the first step is 4.1, and a mean near 2.7."""
     assert 2 < learn(tmp_path, probe, script=script) < 4.1
 
 
-@ON_POLICY
+@each
 def test_best_action_in_a_lopsided_box(script, tmp_path):
     """The best action is (4.5, -7) in [3, 5] x [-8, 0]."""
     learn(tmp_path, "Target", script=script)
@@ -111,7 +111,7 @@ def test_best_action_in_a_box_of_whole_numbers(tmp_path):
     assert metrics(tmp_path)[-1]["eval/episodic_return"] > -0.01
 
 
-@ON_POLICY
+@each
 def test_best_action_depends_on_the_observation(script, tmp_path):
     learn(tmp_path, "ObservedTarget", script=script)
     actor, _ = networks(tmp_path, script)
@@ -137,7 +137,7 @@ def test_the_first_gradient_is_on_policy(tmp_path):
         assert line["losses/clipfrac"] == 0
 
 
-@ON_POLICY
+@each
 def test_evaluation_is_deterministic_without_exploration(script, tmp_path):
     """The mean action of a policy that otherwise jumps all over the box: every episode the same."""
     wild = ["--log-std-init", "1.5", "--total-timesteps", "256", "--eval-episodes", "5"]
@@ -145,16 +145,23 @@ def test_evaluation_is_deterministic_without_exploration(script, tmp_path):
     assert metrics(tmp_path)[-1]["eval/episodic_return_std"] == 0
 
 
-def test_the_learning_rate_falls_on_a_line(tmp_path):
-    learn(tmp_path, "Target", "--anneal-lr", "--total-timesteps", "1024")
+@each
+def test_the_learning_rate_falls_on_a_line(script, tmp_path):
+    """From its start, at the first step of an iteration, to 0 at the end of the run."""
+    rest = ["--log-frequency", 1, "--num-steps", 16] if script == "a2c" else []  # 256 steps each
+    rest += ["--num-envs", 256] if script == "reinforce" else []
+    learn(tmp_path, "Target", "--anneal-lr", "--total-timesteps", "1024", *rest, script=script)
     rates = [x["charts/learning_rate"] for x in training(tmp_path)]
-    assert rates == pytest.approx([0.003 * x for x in (1, 0.75, 0.5, 0.25)])
+    start = {"ppo_continuous": 0.003, "a2c": 0.001, "reinforce": 0.01}[script]
+    assert rates == pytest.approx([start * x for x in (1, 0.75, 0.5, 0.25)])
 
 
-def test_the_entropy_bonus_widens_the_policy(tmp_path):
+@pytest.mark.parametrize("script", ["ppo_continuous", "a2c"])
+def test_the_entropy_bonus_widens_the_policy(script, tmp_path):
     """Where all actions are worth the same, it alone acts on the spread."""
-    run("ppo_continuous", "--env-id", "probes:Probe-v0", "--run-dir", tmp_path / "r",
-        "--ent-coef", 0.5, "--learning-rate", 0.01, "--total-timesteps", 2048)  # fmt: skip
+    words = ["--ent-coef", 0.5, "--learning-rate", 0.01, "--total-timesteps", 2048]
+    words += ["--optimizer", "adam"] if script == "a2c" else []
+    run(script, "--env-id", "probes:Probe-v0", "--run-dir", tmp_path / "r", *words)
     first, *_, last = (line["losses/entropy"] for line in training(tmp_path / "r"))
     assert last > first + 0.1
 
@@ -172,7 +179,7 @@ def test_minibatches_of_one_sample(tmp_path):
     learn(tmp_path, "Target", *extra)
 
 
-@ON_POLICY
+@each
 def test_odd_spaces_run(script, tmp_path):
     """Dict observations, a matrix of actions, float64 and 2-d parts, values in a nested Dict."""
     learn(tmp_path, "Nested", "--total-timesteps", "512", script=script)

@@ -208,7 +208,8 @@ def test_training_can_be_prolonged(script, tmp_path):
     old = metrics(folder)
     run(script, "--resume", folder, "--total-timesteps", 1024, quick=False)
     new = metrics(folder)
-    assert new[: len(old)] == old and 1024 <= new[-1]["global_step"] < 1300
+    whole_episodes = 100 if script == "reinforce" else 0  # its iterations are not 128 steps
+    assert new[: len(old)] == old and 0 <= new[-1]["global_step"] - 1024 <= whole_episodes
     assert new[len(old)]["wall_time"] > old[-1]["wall_time"]
 
 

@@ -212,4 +212,5 @@ def test_importing_and_help_have_no_side_effect(script, tmp_path):
         "--target-kl"
     }  # None means no limit
     if script in ATARI:
-        assert "_000; on Atari 10_000_000)" in re.sub(r"[ │]+", " ", text)
+        total = "1_000_000" if script == "a2c" else "500_000"
+        assert f"(default: {total}; on Atari 10_000_000)" in re.sub(r"[ │]+", " ", text)

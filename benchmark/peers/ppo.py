@@ -6,26 +6,12 @@ python benchmark/peers/ppo.py {stable_baselines3,sbx} ENV_ID TOTAL WARM_UP
 import importlib
 import os
 import sys
-import time
 
 import mujoco
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
+from clock import steps_per_second
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
-
-
-class Clock(BaseCallback):
-    """Notes the time at the end of every rollout."""
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_training_start(self) -> None:
-        self.marks = []
-
-    def _on_rollout_start(self) -> None:
-        self.marks.append((time.perf_counter(), self.num_timesteps))
 
 
 def main(library: str, env_id: str, total_timesteps: int, warm_up: int) -> None:
@@ -42,11 +28,7 @@ def main(library: str, env_id: str, total_timesteps: int, warm_up: int) -> None:
         "MlpPolicy", envs, n_steps=256, batch_size=64, n_epochs=10, learning_rate=3e-4, seed=1,
         device="cpu", policy_kwargs=network,
     )  # fmt: skip
-    clock = Clock()
-    model.learn(total_timesteps, callback=clock)
-    end = (time.perf_counter(), model.num_timesteps)
-    start = next(mark for mark in clock.marks if mark[1] >= warm_up)
-    print((end[1] - start[1]) / (end[0] - start[0]))
+    print(steps_per_second(model, total_timesteps, warm_up))
 
 
 if __name__ == "__main__":
