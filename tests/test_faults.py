@@ -419,10 +419,11 @@ def test_an_episode_that_cannot_be_restored_leads_nowhere(script, tmp_path, monk
     assert (saved["buffer"]["actions"][last] >= 0).all()
 
 
-def test_nor_does_its_return_go_on(tmp_path, monkeypatch):
-    """PPO scales rewards by a discounted return, which starts from 0 in the new episode."""
-    go("ppo_continuous", "Unseeded", tmp_path / "r", "--total-timesteps", 256)
-    module, seen = load("ppo_continuous"), []
+@pytest.mark.parametrize("script", ["ppo_continuous", "a2c"])
+def test_nor_does_its_return_go_on(script, tmp_path, monkeypatch):
+    """Rewards are scaled by a discounted return, which starts from 0 in the new episode."""
+    go(script, "Unseeded", tmp_path / "r", "--total-timesteps", 256)
+    module, seen = load(script), []
     begin = module.Run.begin
 
     def look(self):
@@ -431,7 +432,7 @@ def test_nor_does_its_return_go_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.Run, "begin", look)
     words = ["--total-timesteps", 512]
-    run("ppo_continuous", "--resume", tmp_path / "r", *words, quick=False)
+    run(script, "--resume", tmp_path / "r", *words, quick=False)
     assert seen == [[0, 0]]
     assert (checkpoint(tmp_path / "r")["reward_scaler"]["running_return"] > 0).all()
 
