@@ -318,6 +318,20 @@ def test_advantages_keep_their_mean(tmp_path, monkeypatch):
     torch.testing.assert_close(seen[0][:, 0], expected / 11**0.5)  # the mean square is 11
 
 
+def test_the_wait_after_an_episode_does_not_count_in_the_scale(tmp_path, monkeypatch):
+    """Episodes of random length with positive returns: 0 is the wait, and the rest has scale 1."""
+    module, seen = load("reinforce"), []
+    loss = module.policy_gradient_loss
+    monkeypatch.setattr(
+        module, "policy_gradient_loss", lambda log_probs, x: (seen.append(x), loss(log_probs, x))[1]
+    )
+    run("reinforce", "--env-id", "probes:Counting-v0", "--baseline", "none", "--num-envs", 5,
+        "--total-timesteps", 60, "--env-kwargs", "{}", "--run-dir", tmp_path / "r")  # fmt: skip
+    assert any((x == 0).any() for x in seen)
+    for advantages in seen:
+        assert advantages[advantages > 0].square().mean().item() == pytest.approx(1, rel=1e-4)
+
+
 def test_the_critic_can_take_more_steps_than_the_policy(tmp_path, monkeypatch):
     counts = {}
     for steps in (1, 3):
