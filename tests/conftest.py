@@ -34,6 +34,10 @@ QUICK["a2c"] = (
     "--env-id Pendulum-v1 --num-envs 2 --num-steps 16 --critic-steps 2 --log-frequency 128 "
     "--total-timesteps 512 --eval-episodes 2"
 )
+QUICK["trpo"] = (
+    "--env-id Pendulum-v1 --num-envs 2 --num-steps 64 --critic-steps 2 --total-timesteps 512 "
+    "--eval-episodes 2"
+)
 QUICK["reinforce"] = (  # episodes of 64 steps, so that an iteration has 128
     "--env-id Pendulum-v1 --num-envs 2 --critic-steps 4 --critic-batch-size 32 "
     '--env-kwargs {"max_episode_steps":64} --total-timesteps 512 --eval-episodes 2'

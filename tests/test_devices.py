@@ -36,6 +36,7 @@ def meta_device(monkeypatch):
 
     patch("cpu", zeros)
     patch("item", lambda x: 0.01)
+    patch("__float__", lambda x: 0.01)
     patch("tolist", lambda x: zeros(x).tolist())
     patch("__bool__", lambda x: True)
     adam = torch.optim.Adam.__init__

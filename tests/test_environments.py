@@ -117,7 +117,7 @@ def test_buffer_fields_stay_together(ppo):
     assert (fields["terminations"] == ids % 2).all() and (fields["dones"] == ids % 3).all()
 
 
-@pytest.mark.parametrize("script", ["dqn", "a2c", "reinforce"])
+@pytest.mark.parametrize("script", ["dqn", "a2c", "reinforce", "trpo"])
 def test_an_environment_that_shares_its_name_with_a_game(script, tmp_path):
     """Blackjack-v1 is no old name of ALE/Blackjack-v5."""
     words = ["--env-id", "Blackjack-v1", "--env-kwargs", "{}", "--total-timesteps", 256]

@@ -26,7 +26,9 @@ def test_q_learning_balances_the_pole(script, tmp_path):
     assert evaluation(tmp_path / "r") > 110
 
 
-@pytest.mark.parametrize("script, steps", [("reinforce", 24_000), ("a2c", 60_000)])
+@pytest.mark.parametrize(
+    "script, steps", [("reinforce", 24_000), ("a2c", 60_000), ("trpo", 24_000)]
+)
 def test_policy_gradients_balance_the_pole(script, steps, tmp_path):
     """CartPole-v1: 500 is perfect; what does not learn, or learns the wrong way, stays below 50."""
     words = ["--env-id", "CartPole-v1", "--total-timesteps", steps, "--eval-episodes", 10]

@@ -349,15 +349,15 @@ def test_the_critic_can_take_more_steps_than_the_policy(tmp_path, monkeypatch):
     assert counts == {1: (16, 16), 3: (16, 48)}
 
 
-@pytest.mark.parametrize("script", ["a2c", "reinforce"])
+@pytest.mark.parametrize("script", ["a2c", "reinforce", "trpo"])
 def test_discrete_actions_that_start_anywhere(script, tmp_path):
-    """Both scripts take discrete actions, too."""
+    """All these scripts take discrete actions, too."""
     words = "--num-envs 32 --total-timesteps 6400 --eval-episodes 5 --env-kwargs {}".split()
     run(script, "--env-id", "probes:Choice-v0", "--run-dir", tmp_path / "r", *words)
     assert metrics(tmp_path / "r")[-1]["eval/episodic_return"] > -0.1
 
 
-@pytest.mark.parametrize("script", ["a2c", "reinforce"])
+@pytest.mark.parametrize("script", ["a2c", "reinforce", "trpo"])
 def test_the_policy_learns_from_what_it_saw_when_it_acted(script, tmp_path, monkeypatch):
     """Means of the actions in the gradient step are those of acting: the same normalisation."""
     module, acted, learned = load(script), [], []
@@ -375,6 +375,12 @@ def test_the_policy_learns_from_what_it_saw_when_it_acted(script, tmp_path, monk
         monkeypatch.setattr(module, "episode_gradients", lambda *given: torch.ones(2, 1))
     monkeypatch.setattr(module, "sample", look_at_sample)
     monkeypatch.setattr(module, "log_prob", look_at_log_prob)
+    if script == "trpo":  # a look at the old policy alone, not at each try of the line search
+        monkeypatch.setattr(module, "log_prob", log_prob)
+        frozen = module.frozen
+        monkeypatch.setattr(
+            module, "frozen", lambda x: (learned.append(x[0].detach().flatten(0, -2)), frozen(x))[1]
+        )
     run(script, "--run-dir", tmp_path / "r")
     assert len(learned) > 2
     torch.testing.assert_close(torch.cat(learned), torch.cat(acted), rtol=1e-4, atol=1e-6)

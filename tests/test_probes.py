@@ -12,6 +12,8 @@ OWN = {
     "--no-norm-reward",
     "a2c": "--num-envs 16 --num-steps 4 --learning-rate 0.001 --critic-learning-rate 0.003 "
     "--optimizer adam --no-norm-reward --log-std-init -1.5",
+    "trpo": "--num-envs 16 --num-steps 8 --critic-learning-rate 0.003 --no-norm-reward "
+    "--log-std-init -1.5 --max-kl 0.03",
     "reinforce": "--num-envs 64 --learning-rate 0.01 --critic-learning-rate 0.01 "
     "--critic-steps 10 --critic-batch-size 64 --no-norm-returns --log-std-init -1",
 }
@@ -58,11 +60,11 @@ def test_discounting(script, tmp_path):
     assert values(tmp_path, 0.0, 1.0, script=script) == pytest.approx([0.9, 1], abs=0.05)
 
 
-@pytest.mark.parametrize("script", ["a2c", "reinforce"])
+@pytest.mark.parametrize("script", ["a2c", "reinforce", "trpo"])
 def test_a_time_limit_bootstraps_in_the_others_too(script, tmp_path):
     """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9) = 10, normalised or not."""
     assert learn(tmp_path / "a", "Forever", script=script) == pytest.approx(10, abs=0.7)
-    scaled = "--norm-reward" if script == "a2c" else "--norm-returns"
+    scaled = "--norm-returns" if script == "reinforce" else "--norm-reward"
     value = learn(tmp_path / "b", "Forever", scaled, "--norm-obs", script=script)
     assert value == pytest.approx(10, abs=1)
 
@@ -150,9 +152,10 @@ def test_the_learning_rate_falls_on_a_line(script, tmp_path):
     """From its start, at the first step of an iteration, to 0 at the end of the run."""
     rest = ["--log-frequency", 1, "--num-steps", 16] if script == "a2c" else []  # 256 steps each
     rest += ["--num-envs", 256] if script == "reinforce" else []
+    rest += ["--num-steps", 16] if script == "trpo" else []
     learn(tmp_path, "Target", "--anneal-lr", "--total-timesteps", "1024", *rest, script=script)
     rates = [x["charts/learning_rate"] for x in training(tmp_path)]
-    start = {"ppo_continuous": 0.003, "a2c": 0.001, "reinforce": 0.01}[script]
+    start = {"ppo_continuous": 0.003, "a2c": 0.001, "reinforce": 0.01, "trpo": 0.003}[script]
     assert rates == pytest.approx([start * x for x in (1, 0.75, 0.5, 0.25)])
 
 

@@ -209,7 +209,8 @@ def test_importing_and_help_have_no_side_effect(script, tmp_path):
     text = " ".join(done.stdout.split())
     assert "--total-timesteps INT" in text and "--anneal-lr, --no-anneal-lr" in text
     assert set(re.findall(r"(--[a-z-]+) \{None\}\|", text)) <= {
-        "--target-kl"
+        "--target-kl",
+        "--npg-step",
     }  # None means no limit
     if script in ATARI:
         total = "1_000_000" if script == "a2c" else "500_000"

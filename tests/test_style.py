@@ -21,7 +21,7 @@ VARIANTS: dict[str, str] = {
 # Args fields that differ in type and help between scripts, with the reason.
 FIELD_VARIANTS: dict[str, str] = {
     "learning_rate": "of Adam, or of the optimizer that is chosen",
-    "anneal_lr": "PPO names its source",
+    "anneal_lr": "PPO names its source; TRPO: only the critic has a learning rate",
     "env_id": "some scripts: Atari too",
     "num_envs": "REINFORCE: it is the number of episodes, too",
     "critic_learning_rate": "a2c: not on Atari",
@@ -30,7 +30,12 @@ FIELD_VARIANTS: dict[str, str] = {
     "max_grad_norm": "of both networks together, or of each",
     "log_std_init": "PPO names its source",
 }
-LINES = {"double_dqn_per": 1220, "a2c": 1325, "reinforce": 1160}  # in all; others at most 1140
+LINES = {
+    "double_dqn_per": 1220,
+    "a2c": 1325,
+    "reinforce": 1160,
+    "trpo": 1235,
+}  # in all; others at most 1140
 COMMON_FLAGS = """env_id seed total_timesteps num_envs device torch_threads compile run_dir track
 wandb_project_name wandb_entity capture_video checkpoint_frequency resume evaluate eval_frequency
 eval_episodes env_kwargs async_envs""".split()
