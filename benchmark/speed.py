@@ -43,6 +43,7 @@ PONG = """--train-frequency 4 --batch-size 32 --buffer-size 10000 --learning-sta
 --target-frequency 1000 --optimizer adam --learning-rate 1e-4 --epsilon-start 0.1
 --epsilon-end 0.1 --device cpu"""
 A2C = "--num-steps 5 --gae-lambda 1 --critic-steps 1 --no-norm-adv"
+TRPO_CHEETAH = ("trpo.py", "HalfCheetah-v5", 81_920, 20_480)
 A2C_SMALL = " --num-envs 8 --no-norm-obs --no-norm-reward"
 A2C_CHEETAH = ("a2c.py", "HalfCheetah-v5", 80_000, 20_000)
 A2C_CARTPOLE = ("a2c.py", "CartPole-v1", 80_000, 20_000)
@@ -58,6 +59,8 @@ ROWS = {
     "A2C, HalfCheetah, --compile": Row("a2c.py", A2C + " --compile", *A2C_CHEETAH),
     "A2C, CartPole": Row("a2c.py", A2C + A2C_SMALL, *A2C_CARTPOLE),
     "A2C, CartPole, --compile": Row("a2c.py", A2C + A2C_SMALL + " --compile", *A2C_CARTPOLE),
+    "TRPO, HalfCheetah": Row("trpo.py", "", *TRPO_CHEETAH),
+    "TRPO, HalfCheetah, --compile": Row("trpo.py", "--compile", *TRPO_CHEETAH),
     "DQN, CartPole": Row("dqn.py", DQN, *CARTPOLE),
     "DQN, CartPole, --compile": Row("dqn.py", DQN + " --compile", *CARTPOLE),
     "DQN, Pong": Row("dqn.py", PONG, *ATARI),
@@ -65,10 +68,11 @@ ROWS = {
 }
 WORK = """PPO: 8 environments x 256 steps, 10 epochs, minibatches of 64, 64-64 tanh networks,
 observations and rewards normalised, advantages computed once a rollout. A2C: 16 environments x 5
-steps, on CartPole 8 x 5 and nothing normalised, one step on both networks. DQN, CartPole: a
-gradient step on 128 transitions every 10 steps, 120-84 network. DQN, Pong: one on 32 every 4 steps
-of 4 frames, network of Mnih et al. 2015, Adam. Both sides of DQN use Huber's loss; the peers' also
-clip gradients. SBX is Stable-Baselines3 in JAX, bound to one core."""
+steps, on CartPole 8 x 5 and nothing normalised, one step on both networks. TRPO: 16 x 64 steps,
+15 conjugate gradient steps, 20 of the critic on the whole batch; the peer is sb3-contrib's. DQN,
+CartPole: a gradient step on 128 transitions every 10 steps, 120-84 network. DQN, Pong: one on 32
+every 4 steps of 4 frames, network of Mnih et al. 2015, Adam. Both sides of DQN use Huber's loss;
+the peers' also clip gradients. SBX is Stable-Baselines3 in JAX, bound to one core."""
 PEERS = {"stable_baselines3": "Stable-Baselines3", "sbx": "SBX"}
 
 
@@ -128,7 +132,7 @@ def peers(pairs: int, only: str) -> None:
     for title, row in ROWS.items():
         if only not in title:
             continue
-        without_sbx = row.peer == "a2c.py" or row.env_id.startswith("ALE/")  # it has neither
+        without_sbx = row.peer in ("a2c.py", "trpo.py") or "ALE/" in row.env_id  # it has neither
         libraries = [x for x in PEERS if x != "sbx" or not without_sbx]
         rounds = [
             (our_speeds(row)[0], *(peer_speed(row, library) for library in libraries))
