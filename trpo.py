@@ -3,34 +3,34 @@
 The policy gradient says in which direction to change the parameters, but not how far: a small
 change of the parameters can be a large one of the policy. TRPO limits how far the policy itself
 moves: the mean KL divergence between the old and the new policy is at most delta. For a small
-change x of the parameters, it is x^T F x / 2, with the Fisher matrix F. The best direction is then
-not the gradient g but the natural gradient F^-1 g. Conjugate gradients find it from products of F
-with vectors; F itself is never computed. As all this holds only for small changes, a line search
-shortens the step until the true KL is small enough and the surrogate L (below) has improved.
+change x of the parameters, this KL is about x^T F x / 2, with the Fisher matrix F. The best
+direction is then not the gradient g but the natural gradient F^-1 g. Conjugate gradients find it
+from products of F with vectors; F itself is never computed. As all this holds only for small
+changes, a line search shortens the step until the true KL is small enough and L (below) is better.
 Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, for GAE of arXiv:1506.02438.
 
     for each iteration:
         run the policy for num_steps in each of num_envs environments
-        delta_t = r_t + gamma V(s_t+1) - V(s_t)                                   (GAE, eq. 11)
-        A_t = delta_t + gamma lambda A_t+1, and R_t = A_t + V(s_t)                (GAE, eq. 16)
+        e_t = r_t + gamma V(s_t+1) - V(s_t)                                       (GAE, eq. 11)
+        A_t = e_t + gamma lambda A_t+1, and R_t = A_t + V(s_t)                    (GAE, eq. 16)
         (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or of the steps)
         g = gradient of L = mean of A_t pi(a_t|s_t) / pi_old(a_t|s_t)             (eq. 14)
-        solve F x = g; F v is the gradient of v^T (gradient of the mean KL)       (appendix C.1)
-        beta = sqrt(2 delta / x^T F x), so that the step beta x has a KL of delta (appendix C)
-        shrink beta until L has improved and the mean KL is at most delta         (appendix C)
+        solve (F + damping) x = g; F v = gradient of v^T (gradient of mean KL)    (appendix C.1)
+        beta = sqrt(2 delta / x^T (F + damping) x): the KL of beta x is about delta (appendix C)
+        shrink beta until L is better and the mean KL at most delta, or give up   (appendix C)
         gradient steps of the critic on (V(s_t) - R_t)^2
 
     python trpo.py --env-id HalfCheetah-v5 --seed 1
 
---no-line-search takes the first step, or x times --npg-step, without a test: this is the natural
-policy gradient (Kakade 2001).
+--no-line-search takes beta x untested; with --npg-step, a fixed multiple of x (Kakade 2001).
 
 Deviations from the paper:
 - Advantages come from a critic (arXiv:1506.02438), not from whole episodes; Adam fits it to R_t.
 - F is damped, and computed from all samples instead of a tenth of them.
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
-- Observations, rewards and advantages are normalised as in arXiv:2005.12729.
+- Observations, rewards and advantages are normalised as in arXiv:2005.12729. The statistics of the
+  observations change after the step, and with them the policy a little.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Args:
     cg_damping: float = 0.1
     """Added to the diagonal of the Fisher matrix, which is nearly singular."""
     line_search: bool = True
-    """Shrink steps that do not improve the surrogate within --max-kl; off: natural gradient."""
+    """Shrink the step until the surrogate has improved and the KL is at most --max-kl."""
     backtrack_coef: float = 0.8
     """Factor by which the line search shrinks the step."""
     max_backtracks: Count = 10
@@ -210,7 +210,7 @@ Policy = Tensor | tuple[Tensor, Tensor]
 
 
 def surrogate_objective(log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """Mean advantage of the old policy's actions, weighted by how much more probable they became.
+    """Mean advantage of the old policy's actions, each weighted by its probability ratio.
 
     log_ratio is log pi(a|s) - log pi_old(a|s). Where it is 0, the gradient is the policy gradient.
 
@@ -232,7 +232,7 @@ def kl_divergence(old: Policy, new: Policy) -> Tensor:
 def fisher_vector_product(
     kl_gradient: Tensor, parameters: list[nn.Parameter], vector: Tensor
 ) -> Tensor:
-    """F v: the derivative of (gradient of the mean KL)^T v; kl_gradient comes with its graph.
+    """F v: the gradient of v^T (gradient of the mean KL); kl_gradient needs its graph.
 
     Shapes: kl_gradient, vector (P,) -> (P,). Source: Schulman et al. 2015, appendix C.1.
     """
@@ -266,7 +266,7 @@ def conjugate_gradient(
 
 
 def largest_step_size(curvature: Tensor, max_kl: float) -> Tensor:
-    """beta for which beta x has the KL max_kl: half of beta^2 x^T F x. 0 without curvature.
+    """beta for which beta^2 x^T F x / 2, about the KL of beta x, is max_kl. 0 without curvature.
 
     Shapes: curvature (), which is x^T F x -> (). Source: Schulman et al. 2015, appendix C.
     """
@@ -277,7 +277,7 @@ def line_search(
     try_step: Callable[[Tensor], tuple[Tensor, Tensor]], step_size: Tensor, max_kl: float,
     backtrack_coef: float, max_backtracks: int,
 ) -> tuple[Tensor, int]:
-    """The first good one of step_size * backtrack_coef^k, k = 0, 1, ..., and how many were tried.
+    """The first good one of step_size * backtrack_coef^k, k = 0, 1, ..., and the number of tries.
 
     try_step(step_size) returns the surrogate's improvement and the KL. A step is good if the first
     is positive and the second at most max_kl. If none is, the step size is 0.
@@ -350,7 +350,8 @@ def train(args: Args) -> None:
         @torch.no_grad()
         def try_step(step_size):
             """Move the policy; how much the surrogate improves, and the mean KL."""
-            set_parameters(parameters, old_parameters + step_size * direction)
+            step = step_size * direction if step_size > 0 else 0
+            set_parameters(parameters, old_parameters + step)
             policy = actor(obs)
             log_ratio = log_prob(policy, actions) - old_log_probs
             improvement = surrogate_objective(log_ratio, advantages) - surrogate
@@ -360,7 +361,7 @@ def train(args: Args) -> None:
         if args.line_search:
             limits = args.max_kl, args.backtrack_coef, args.max_backtracks
             step_size, tried = line_search(try_step, step_size, *limits)
-        improvement, kl = try_step(step_size)
+        improvement, kl = try_step(step_size)  # moves back where no step was good
         return {
             "losses/policy_loss": -surrogate.detach(),
             "losses/surrogate_improvement": improvement,
@@ -433,22 +434,21 @@ def train(args: Args) -> None:
             rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
         )
         returns = advantages + values
-        if args.norm_adv and advantages.numel() > 1:  # the std of one sample is not defined
+        if args.norm_adv and advantages.numel() > 1:  # only --npg-step depends on their scale
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         # 4. Update
         metrics = policy_step(normed_obs, actions, advantages)
-        value_losses = []
         for _ in range(args.critic_steps):
             critic_optimizer.zero_grad()
-            value_losses.append(critic_step(normed_obs, returns))
+            value_loss = critic_step(normed_obs, returns)
             critic_optimizer.step()
         if args.norm_obs:  # last: the policy acts and learns with the same normalisation
             obs_normalizer.update(observed.flatten(0, 1).float())
 
         # 5. Log, checkpoint, evaluate
         metrics |= {
-            "losses/value_loss": torch.stack(value_losses).mean(),
+            "losses/value_loss": value_loss,
             "losses/values": values.mean() * reward_scaler.scale,  # in units of the reward
             "losses/explained_variance": explained_variance(values, returns),
             "charts/learning_rate": critic_optimizer.param_groups[0]["lr"],
@@ -469,8 +469,8 @@ def check_args(args: Args) -> None:
     require(args, "backtrack_coef", lambda x: 0 < x < 1, "between 0 and 1")
     require(args, "log_std_init", lambda x: -20 <= x <= 2, "between -20 and 2")
     if args.npg_step is not None:
-        natural = not args.line_search
-        require(args, "npg_step", lambda x: natural and x > 0, "above 0, with --no-line-search")
+        require(args, "npg_step", lambda x: 0 < x < math.inf, "above 0")
+        require(args, "npg_step", lambda x: not args.line_search, "used with --no-line-search")
 
 
 # ---- Policies, advantages, parameters ------------------------------------------------------------
