@@ -38,6 +38,11 @@ QUICK["trpo"] = (
     "--env-id Pendulum-v1 --num-envs 2 --num-steps 64 --critic-steps 2 --total-timesteps 512 "
     "--eval-episodes 2"
 )
+QUICK["ddpg"] = (
+    "--env-id Pendulum-v1 --num-envs 2 --log-frequency 128 --learning-starts 64 "
+    "--updates-per-step 0.25 --buffer-size 400 --batch-size 16 --total-timesteps 512 "
+    "--eval-episodes 2"
+)
 QUICK["reinforce"] = (  # episodes of 64 steps, so that an iteration has 128
     "--env-id Pendulum-v1 --num-envs 2 --critic-steps 4 --critic-batch-size 32 "
     '--env-kwargs {"max_episode_steps":64} --total-timesteps 512 --eval-episodes 2'

@@ -118,7 +118,7 @@ def test_resuming_with_other_arguments(script, finished):
         ["--seed", 2],
         ["--num-envs", 4],
         ["--total-timesteps", 256],
-        ["--no-anneal-lr"],
+        ["--no-anneal-lr" if load(script).Args().anneal_lr else "--anneal-lr"],
     ):
         flag = str(arguments[0]).replace("--no-", "--")
         refuse(script, "--resume", folder, *arguments, quick=False, says=["error:", flag])

@@ -21,6 +21,9 @@ VARIANTS: dict[str, str] = {
 # Args fields that differ in type and help between scripts, with the reason.
 FIELD_VARIANTS: dict[str, str] = {
     "learning_rate": "of Adam, or of the optimizer that is chosen",
+    "precision": "which network computes in bfloat16",
+    "buffer_size": "some scripts: Atari too",
+    "learning_starts": "DQN explores by epsilon from the start",
     "anneal_lr": "PPO names its source; TRPO: only the critic has a learning rate",
     "env_id": "some scripts: Atari too",
     "num_envs": "REINFORCE: it is the number of episodes, too",
