@@ -270,8 +270,7 @@ def train(args: Args) -> None:
     to_env = ActionScaler(envs.single_action_space)
     obs_dim, action_dim = envs.single_observation_space.shape[0], to_env.dim
 
-    networks = make_networks(args, obs_dim, action_dim)
-    actor, critic = (network.to(device) for network in networks)
+    actor, critic = make_networks(args, obs_dim, action_dim, device)
     target_actor, target_critic = copy.deepcopy(actor), copy.deepcopy(critic)
     actor_parameters = list(actor.parameters())
     actor_optimizer = torch.optim.Adam(actor_parameters, args.learning_rate, fused=True)
@@ -408,11 +407,14 @@ def due(step: int, frequency: int) -> bool:
     return step % frequency == 0
 
 
-def make_networks(args: Args, obs_dim: int, action_dim: int) -> tuple[nn.Module, nn.Module]:
+def make_networks(
+    args: Args, obs_dim: int, action_dim: int, device: torch.device
+) -> list[nn.Module]:
     """Actor and critic, in the precision that was asked for."""
     torch.set_float32_matmul_precision("highest" if args.precision == "highest" else "medium")
     dims = obs_dim, action_dim, args.precision == "bfloat16"
-    return DeterministicActor(*dims), QCritic(*dims)
+    networks = DeterministicActor(*dims), QCritic(*dims)
+    return [network.to(device) for network in networks]
 
 
 @torch.no_grad()

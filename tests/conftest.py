@@ -43,6 +43,7 @@ QUICK["ddpg"] = (
     "--updates-per-step 0.25 --buffer-size 400 --batch-size 16 --total-timesteps 512 "
     "--eval-episodes 2"
 )
+QUICK["sac"] = QUICK["ddpg"]
 QUICK["reinforce"] = (  # episodes of 64 steps, so that an iteration has 128
     "--env-id Pendulum-v1 --num-envs 2 --critic-steps 4 --critic-batch-size 32 "
     '--env-kwargs {"max_episode_steps":64} --total-timesteps 512 --eval-episodes 2'

@@ -123,6 +123,12 @@ class ObservedTarget(ObservedValue):
         return -float((action[0] - 0.5 * self.value) ** 2)
 
 
+class Pointing(ObservedTarget):
+    """The same in a bounded one."""
+
+    action_space = Probe.action_space
+
+
 class Counting(Probe):
     """Episodes of differing lengths whose observation counts the steps and reward is 1."""
 
@@ -401,6 +407,7 @@ for probe in [
     Ending,
     Both,
     ObservedTarget,
+    Pointing,
     Meddling,
     Breaking,
     CrashingOnce,

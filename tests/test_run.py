@@ -211,6 +211,7 @@ def test_importing_and_help_have_no_side_effect(script, tmp_path):
     assert set(re.findall(r"(--[a-z-]+) \{None\}\|", text)) <= {
         "--target-kl",
         "--npg-step",
+        "--target-entropy",
     }  # None means no limit
     if script in ATARI:
         total = "1_000_000" if script == "a2c" else "500_000"

@@ -14,6 +14,7 @@ VARIANTS: dict[str, str] = {
     "train": "the algorithm",
     "make_envs": "games of Atari step at the same time",
     "make_env": "the spaces that an algorithm can handle differ",
+    "make_networks": "each algorithm has its own networks",
     "make_buffer": "the class of the replay memory differs",
     "make_optimizer": "RMSProp in the form that the published results of each algorithm used",
     "check_args": "each algorithm has its own arguments",

@@ -1,0 +1,1122 @@
+"""Soft actor-critic (SAC), complete in this one file.
+
+DDPG with three ideas more. The actor is stochastic and explores by itself: it is paid for entropy,
+that is, for staying as random as the reward allows. This payment, alpha times the entropy, is part
+of every value, so that the values are soft. alpha is learned, so that the entropy stays near a
+target. Two critics learn the same, and the smaller of their values counts: one alone would
+believe its own errors, as the actor looks for them. Haarnoja et al. 2018b, arXiv:1812.05905;
+equation numbers are theirs, those with an a of 2018a, arXiv:1801.01290.
+
+    act at random for learning_starts steps, then for each environment step:
+        act with a ~ pi(.|s), the tanh of a Gaussian
+        store (s, a, r, s', whether the task ended)
+        for each of updates_per_step gradient steps, with a random minibatch:
+            V(s') = min over both Q' of Q'(s', a') - alpha log pi(a'|s'), a' ~ pi(.|s')  (eq. 3)
+            y = r + gamma V(s'), without V where the task ended                          (eq. 2)
+            one Adam step of both Q on the mean of (Q(s, a) - y)^2                       (eq. 5)
+            one Adam step of pi on the mean of alpha log pi(a~|s) - min of Q(s, a~)      (eq. 9)
+            one Adam step of alpha on the mean of alpha (-log pi(a~|s) - target entropy) (eq. 18)
+            move both targets Q' towards both Q by the share tau                         (section 6)
+
+    python sac.py --env-id HalfCheetah-v5 --seed 1
+
+--value-network --no-autotune is the algorithm of 2018a: V has a network of its own, which learns
+min of Q(s, a~) - alpha log pi(a~|s) (eq. 5a), and its target network takes the place of Q' in y
+(eq. 8a). alpha is fixed there; it is 1 over the paper's reward scale.
+
+Deviations from the paper:
+- Only the end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Args:
+    # Algorithm
+    learning_rate: float = 3e-4
+    """Step size of Adam for the actor and alpha at the start."""
+    critic_learning_rate: float = 3e-4
+    """Step size for the critic at the start."""
+    anneal_lr: bool = False
+    """Lower the learning rates linearly over the run, to 0 at its end."""
+    precision: Literal["highest", "medium", "bfloat16"] = "highest"
+    """Matrix products in float32 (highest), faster ones (medium), bfloat16 in hidden layers."""
+    gamma: float = 0.99
+    """Discount factor per environment step."""
+    buffer_size: Count = 1_000_000
+    """Transitions in the replay memory."""
+    learning_starts: Count = 5_000
+    """Environment steps with random actions before the first gradient step."""
+    updates_per_step: float = 1.0
+    """Gradient steps per environment step, however many environments there are."""
+    batch_size: Count = 256
+    """Transitions per gradient step."""
+    tau: float = 0.005
+    """Share of the network in an update of its target: 1 copies it, less is Polyak averaging."""
+    autotune: bool = True
+    """Learn alpha, the weight of the entropy, so that the entropy stays near its target."""
+    alpha: float = 1.0
+    """Weight of the entropy: at the start, or with --no-autotune always."""
+    target_entropy: float | None = None
+    """Entropy in nats that alpha aims at; None: minus the number of action dimensions."""
+    value_network: bool = False
+    """Learn V with a network of its own, as in the first paper (arXiv:1801.01290)."""
+    log_frequency: Count = 1000
+    """Environment steps per iteration; each iteration ends with a line of metrics."""
+
+    # Environment
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium environment; "module:Name-v0" imports the module first."""
+    num_envs: Count = 1
+    """Environments stepped together."""
+    env_kwargs: Json = field(default_factory=dict)
+    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
+    async_envs: bool = False
+    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
+
+    # Run
+    seed: Count = 1
+    """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
+    total_timesteps: Count = 1_000_000
+    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
+    run_dir: Text = None
+    """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
+    """Where the networks live. auto: a GPU if there is one; small networks run faster on a CPU."""
+    torch_threads: Count = 1
+    """CPU threads of torch; small networks gain nothing from a second one."""
+    compile: bool = False
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    track: bool = False
+    """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
+    wandb_project_name: str = "deep-rl"
+    """Weights & Biases project."""
+    wandb_entity: Text = None
+    """Weights & Biases team or user; by default your own."""
+    capture_video: bool = False
+    """Record the first episode of every evaluation in the run folder's videos/."""
+    checkpoint_frequency: Count = 100_000
+    """Environment steps between checkpoints, in whole iterations; 0: at the end and on a signal."""
+    resume: Text = None
+    """Run folder to continue from its checkpoint and with its arguments; exact on a CPU."""
+    evaluate: Text = None
+    """Run folder whose checkpoint to evaluate; trains nothing and writes nothing but videos."""
+    eval_frequency: Count = 0
+    """Environment steps between evaluations, in whole iterations; 0: only at the end."""
+    eval_episodes: Count = 10
+    """Whole episodes per evaluation, played with the deterministic policy."""
+
+    def __post_init__(self) -> None:
+        check_args(self)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+def hidden_layers(in_dim: int) -> nn.Sequential:
+    """Two layers of 256 rectified linear units. Shapes: (B, in_dim) -> (B, 256)."""
+    return nn.Sequential(nn.Linear(in_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+
+
+def mixed_precision(network: nn.Module, inputs: Tensor, bfloat16: bool) -> Tensor:
+    """The network's output in float32; its layers compute in bfloat16 where asked."""
+    with torch.autocast("cuda" if inputs.is_cuda else "cpu", torch.bfloat16, bfloat16):
+        outputs = network(inputs)
+    return outputs.float()
+
+
+class SquashedGaussianActor(nn.Module):
+    """Policy: a Gaussian for each dimension, whose tanh is the action.
+
+    Shapes: obs (B, obs_dim) -> mean, log_std (B, action_dim), both before the tanh.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, bfloat16: bool) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16  # in the hidden layers; the last one needs float32
+        self.hidden, self.last = hidden_layers(obs_dim), nn.Linear(256, 2 * action_dim)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.last(mixed_precision(self.hidden, obs, self.bfloat16))
+        mean, log_std = outputs.chunk(2, dim=1)
+        return mean, log_std.clamp(-20, 2)
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers at once, which is faster; their weights begin like those of nn.Linear.
+
+    Shapes: (2, B, in_dim) -> (2, B, out_dim).
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, in_dim, out_dim))
+        self.bias = nn.Parameter(torch.empty(2, 1, out_dim))
+        for parameter in (self.weight, self.bias):
+            nn.init.uniform_(parameter, -(in_dim**-0.5), in_dim**-0.5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class TwinCritic(nn.Module):
+    """Both action values. Shapes: obs (B, obs_dim), actions (B, action_dim) -> (2, B)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, bfloat16: bool) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16
+        first, second = TwinLinear(obs_dim + action_dim, 256), TwinLinear(256, 256)
+        self.hidden = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
+        self.last = TwinLinear(256, 1)
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        inputs = torch.cat([obs, actions], 1).expand(2, -1, -1)
+        hidden = mixed_precision(self.hidden, inputs, self.bfloat16)
+        products = hidden * self.last.weight.mT  # faster than self.last(hidden)
+        return products.sum(-1) + self.last.bias.squeeze(-1)
+
+
+class Temperature(nn.Module):
+    """alpha, the weight of the entropy, positive whatever is learned. Shapes: -> ()."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
+
+    def forward(self) -> Tensor:
+        return self.log_alpha.exp()
+
+
+# ---- Mathematics of SAC --------------------------------------------------------------------------
+
+
+def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma: float) -> Tensor:
+    """Reward plus the discounted value of the next observation, which is 0 after a termination.
+
+    Shapes: all (B,) -> (B,). Source: Mnih et al. 2015, Algorithm 1.
+    """
+    return rewards + gamma * next_values.masked_fill(terminations > 0, 0)
+
+
+def squashed_log_prob(mean: Tensor, log_std: Tensor, unsquashed: Tensor) -> Tensor:
+    """Log-density of the actions tanh(unsquashed), summed over the action dimensions.
+
+    It is the Gaussian's, less the logarithm of tanh's slope 1 - tanh(u)^2. That is written as
+    2 (log 2 - u - softplus(-2 u)), which stays exact where tanh(u) rounds to 1.
+
+    Shapes: all (B, action_dim) -> (B,). Source: Haarnoja et al. 2018b, appendix C.
+    """
+    z = (unsquashed - mean) * torch.exp(-log_std)
+    log_density = -0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_slope = 2 * (math.log(2) - unsquashed - nn.functional.softplus(-2 * unsquashed))
+    return (log_density - log_slope).sum(1)
+
+
+def soft_value(q_values: Tensor, log_probs: Tensor, alpha: Tensor) -> Tensor:
+    """Value of a sampled action, with the payment for entropy; the smaller one of both critics'.
+
+    Shapes: q_values (2, B), log_probs (B,), alpha () -> (B,). Source: Haarnoja et al. 2018b, eq. 3.
+    """
+    return q_values.amin(0) - alpha * log_probs
+
+
+# ---- Buffer and training -------------------------------------------------------------------------
+
+
+# Transitions for one gradient step: tensors (B, ...).
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
+
+
+class TransitionBuffer:
+    """The newest transitions: actions[i], taken in obs[i], led to rewards[i] and next_obs[i].
+
+    Everything that belongs to a transition stands side by side in one row, so that a minibatch is
+    gathered at once. next_obs is the true next observation, also where an episode ended.
+
+    Shapes: rows (size, 2 * obs_dim + action_dim + 2).
+    """
+
+    def __init__(self, size: int, obs_dim: int, action_dim: int) -> None:
+        self.widths = Batch(obs_dim, action_dim, 1, obs_dim, 1)
+        self.rows = np.zeros((size, sum(self.widths)), np.float32)  # takes memory when written to
+        self.added = 0
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
+
+    def add(self, obs, actions, rewards, next_obs, terminations) -> None:
+        """Add one step of all environments, over the oldest rows. Shapes: (num_envs, ...)."""
+        parts = obs, actions, rewards[:, None], next_obs, terminations[:, None]
+        new = (self.added + np.arange(len(obs))) % len(self.rows)
+        self.rows[new] = np.concatenate(parts, axis=1)
+        self.added += len(obs)
+
+    def sample(self, batch_size: int, rng: Rng) -> Tensor:
+        """Rows, uniformly sampled with replacement. Shapes: (batch_size, row)."""
+        return torch.from_numpy(self.rows[rng.integers(len(self), size=batch_size)])
+
+    def split(self, rows: Tensor) -> Batch:
+        """The parts of rows. Shapes: (B, row) -> (B, ...); rewards, terminations (B,)."""
+        obs, actions, rewards, next_obs, terminations = rows.split(self.widths, dim=1)
+        return Batch(obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": torch.from_numpy(self.rows[: len(self)]), "added": self.added}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.added = state["added"]
+        self.rows[: len(self)] = state["rows"].numpy()
+
+
+def train(args: Args) -> None:
+    # Setup
+    device, rng = setup(args)
+    envs = make_envs(args)
+    torch.manual_seed(args.seed)  # for the initial weights; everything else draws from rng
+    to_env = ActionScaler(envs.single_action_space)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], to_env.dim
+
+    actor, critic, value_network = make_networks(args, obs_dim, action_dim, device)
+    temperature = Temperature(args.alpha).to(device)
+    source = value_network if args.value_network else critic  # what the targets come from
+    target_network = copy.deepcopy(source)
+    actor_parameters = list(actor.parameters())
+    optimizer = torch.optim.Adam(
+        [*actor_parameters, temperature.log_alpha], args.learning_rate, fused=True
+    )
+    learned = [*critic.parameters(), *value_network.parameters()]
+    critic_optimizer = torch.optim.Adam(learned, args.critic_learning_rate, fused=True)
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
+    buffer = make_buffer(args, obs_dim, action_dim)
+
+    def draw_noise(size: int) -> Tensor:
+        """Standard Gaussian noise for actions. Shapes: (size, action_dim)."""
+        noise = rng.standard_normal((size, action_dim), np.float32)
+        return torch.from_numpy(noise).to(device)
+
+    def sample(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions of the policy, and their log-probabilities. Shapes: (B, action_dim), (B,)."""
+        mean, log_std = actor(obs)
+        unsquashed = mean + log_std.exp() * noise
+        return unsquashed.tanh(), squashed_log_prob(mean, log_std, unsquashed)
+
+    @torch.no_grad()
+    def deterministic_policy(obs: np.ndarray) -> np.ndarray:
+        mean, _ = actor(torch.from_numpy(obs[None]).float().to(device))
+        return to_env(mean.tanh())[0]
+
+    @torch.no_grad()
+    def compute_targets(obs, rewards, next_obs, terminations, noise):
+        """What Q of the transitions should be, and what V of obs should be, if it is learned."""
+        if args.value_network:
+            actions, log_probs = sample(obs, noise)
+            value_targets = soft_value(critic(obs, actions), log_probs, temperature())  # eq. 5a
+            next_values = target_network(next_obs)
+        else:
+            next_actions, log_probs = sample(next_obs, noise)
+            q_values = target_network(next_obs, next_actions)
+            next_values = value_targets = soft_value(q_values, log_probs, temperature())  # eq. 3
+        targets = td_target(rewards, terminations, next_values, args.gamma)  # eq. 2, 8a
+        return targets, value_targets
+
+    def critic_step(obs, actions, targets, value_targets):
+        """Compute the gradients for the next step of the critics' optimizer."""
+        q_values = critic(obs, actions)
+        assert q_values.shape[1:] == targets.shape
+        loss = (q_values - targets).square().mean(1).sum()  # eq. 5: of both critics
+        if args.value_network:
+            loss = loss + nn.functional.mse_loss(value_network(obs), value_targets)  # eq. 5a
+        loss.backward()
+        return {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+    def actor_step(obs, noise):
+        """The same for actor and alpha; the critics stay as they are."""
+        actions, log_probs = sample(obs, noise)
+        alpha = temperature()
+        loss = -soft_value(critic(obs, actions), log_probs, alpha.detach()).mean()  # eq. 9
+        loss.backward(inputs=actor_parameters)
+        entropy = -log_probs.detach().mean()
+        if args.autotune:
+            alpha_loss = alpha * (entropy - target_entropy)  # eq. 18
+            alpha_loss.backward()
+        return {
+            "losses/actor_loss": loss.detach(),
+            "losses/entropy": entropy,
+            "losses/alpha": alpha.detach(),
+        }
+
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
+        compute_targets = torch.compile(compute_targets, fullgraph=True)
+        critic_step = torch.compile(critic_step, fullgraph=True)
+        actor_step = torch.compile(actor_step, fullgraph=True)
+    state = {"actor": actor, "critic": critic, "target_network": target_network}
+    state |= {"value_network": value_network, "temperature": temperature, "optimizer": optimizer}
+    state |= {"critic_optimizer": critic_optimizer, "buffer": buffer, "rng": rng}
+    run = Run(args, device, envs, state, deterministic_policy)
+    global_step = run.restore() if args.resume or args.evaluate else 0
+    if args.evaluate:
+        run.finish()
+        return
+    run.begin()
+    obs, update_metrics = np.stack(envs.get_attr("obs")), []
+    iteration_steps = math.ceil(args.log_frequency / args.num_envs) * args.num_envs
+    last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
+
+    while global_step < last_step:
+        # 1. Act
+        if global_step < args.learning_starts:
+            actions = torch.from_numpy(rng.uniform(-1, 1, (args.num_envs, action_dim)))
+        else:
+            with torch.no_grad():
+                actions, _ = sample(
+                    torch.from_numpy(obs).float().to(device), draw_noise(args.num_envs)
+                )
+
+        # 2. Step the environments
+        last_obs = obs
+        obs, rewards, terminations, truncations, infos = envs.step(to_env(actions))
+        global_step += args.num_envs
+        dones = terminations | truncations
+        next_obs = obs.copy()  # where an episode ended, obs is already the next one's first
+        if dones.any():
+            next_obs[dones] = np.stack(infos["final_obs"][dones])
+            ended = infos["final_info"]
+            run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
+        buffer.add(last_obs, actions.cpu().numpy(), rewards, next_obs, terminations)
+
+        for _ in range(updates_due(args, global_step)):
+            # 3. Targets
+            batch = buffer.split(buffer.sample(args.batch_size, rng).to(device))
+            targets = compute_targets(
+                batch.obs, batch.rewards, batch.next_obs, batch.terminations,
+                draw_noise(args.batch_size),
+            )
+
+            # 4. Update
+            if args.anneal_lr:
+                remaining = 1 - global_step / last_step
+                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+                critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * remaining
+            critic_optimizer.zero_grad()
+            metrics = critic_step(batch.obs, batch.actions, *targets)
+            critic_optimizer.step()
+            optimizer.zero_grad()
+            metrics |= actor_step(batch.obs, draw_noise(args.batch_size))
+            optimizer.step()
+            polyak_update(target_network, source, args.tau)
+            update_metrics.append(metrics)
+
+        # 5. Log, checkpoint, evaluate
+        finite = not update_metrics or update_metrics[-1]["losses/critic_loss"].isfinite()
+        if due(global_step, iteration_steps) or not finite:  # then end_iteration ends the run
+            metrics = {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
+            metrics["charts/updates_per_step"] = len(update_metrics) / iteration_steps
+            for name in update_metrics[0] if update_metrics else ():
+                metrics[name] = torch.stack([x[name] for x in update_metrics]).mean().item()
+            update_metrics = []
+            run.end_iteration(global_step, metrics)
+    run.finish()
+
+
+def check_args(args: Args) -> None:
+    """Raises: ValueError for values that make no sense."""
+    check_run_args(args)
+    require(args, "buffer_size batch_size log_frequency", lambda x: x >= 1, "at least 1")
+    require(args, "learning_starts", lambda x: x >= 0, "0 or more")
+    require(args, "gamma", lambda x: 0 <= x <= 1, "between 0 and 1")
+    require(args, "tau", lambda x: 0 < x <= 1, "above 0 and at most 1")
+    positive = "learning_rate critic_learning_rate updates_per_step alpha"
+    require(args, positive, lambda x: 0 < x < math.inf, "above 0")
+    finite = "a finite number or None"
+    require(args, "target_entropy", lambda x: x is None or math.isfinite(x), finite)
+
+
+# ---- Schedules, networks, replay memory ----------------------------------------------------------
+
+
+def updates_due(args: Args, global_step: int) -> int:
+    """How many gradient steps follow the newest step of all environments."""
+    if global_step < args.learning_starts:
+        return 0
+    before = math.floor((global_step - args.num_envs) * args.updates_per_step)
+    return math.floor(global_step * args.updates_per_step) - before
+
+
+def due(step: int, frequency: int) -> bool:
+    """Whether something that happens every `frequency` steps happens at this step."""
+    return step % frequency == 0
+
+
+class ValueNetwork(nn.Module):
+    """State value V(s), for --value-network. Shapes: obs (B, obs_dim) -> (B,)."""
+
+    def __init__(self, obs_dim: int, bfloat16: bool) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16
+        self.hidden, self.last = hidden_layers(obs_dim), nn.Linear(256, 1)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.last(mixed_precision(self.hidden, obs, self.bfloat16)).squeeze(1)
+
+
+def make_networks(
+    args: Args, obs_dim: int, action_dim: int, device: torch.device
+) -> list[nn.Module]:
+    """Actor, critics and V (empty if it is not learned), in the precision that was asked for."""
+    torch.set_float32_matmul_precision("highest" if args.precision == "highest" else "medium")
+    bfloat16 = args.precision == "bfloat16"
+    dims = obs_dim, action_dim, bfloat16
+    value_network = ValueNetwork(obs_dim, bfloat16) if args.value_network else nn.Identity()
+    networks = SquashedGaussianActor(*dims), TwinCritic(*dims), value_network
+    return [network.to(device) for network in networks]
+
+
+@torch.no_grad()
+def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """Move the target's parameters towards the source's by the share tau; copy the buffers."""
+    for old, new in zip(target.parameters(), source.parameters(), strict=True):
+        old.lerp_(new, tau)
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):
+        old.copy_(new)
+
+
+def make_buffer(args: Args, obs_dim: int, action_dim: int) -> TransitionBuffer:
+    """The replay memory. One that will not fit is refused now, not hours later when it fills."""
+    row, free = TransitionBuffer(1, obs_dim, action_dim).rows, math.inf
+    gigabytes = args.buffer_size * row.nbytes / 1e9
+    with contextlib.suppress(OSError):  # only Linux tells
+        kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
+        free = int(kilobytes) * 1024 / 1e9
+    if args.learning_starts > args.total_timesteps and not args.evaluate:
+        warn(f"--learning-starts {args.learning_starts} is after the end: nothing is learned")
+    if gigabytes > free and not args.evaluate:
+        memory = f"{args.buffer_size:,} transitions in {gigabytes:.1f} GB"
+        stop(f"error: --buffer-size: {memory}, but only {free:.1f} GB of memory are free")
+    return TransitionBuffer(args.buffer_size, obs_dim, action_dim)
+
+
+# ---- Environments, actions -----------------------------------------------------------------------
+
+
+def make_envs(args: Args) -> VectorEnv:
+    """`num_envs` environments. One whose episode ends is reset in the same step."""
+
+    def env_fn() -> gym.Env:
+        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+        return make_env(args)
+
+    apart = args.async_envs and not args.evaluate
+    if apart:  # the signal with which Python ends its children would not end them
+        atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
+    vector_env = AsyncVectorEnv if apart else SyncVectorEnv
+    envs = vector_env([env_fn] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    atexit.register(close, envs)
+    seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
+    envs.reset(seed=[int(seed) for seed in seeds])
+    return envs
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment with bounded Box actions; observations are flattened, pictures refused."""
+    with contextlib.suppress(ImportError):
+        __import__("mujoco").set_mju_user_warning(lambda message: None)  # no MUJOCO_LOG.TXT
+    render = {"render_mode": render_mode} if render_mode else {}
+    with making(args):
+        env = gym.make(args.env_id, **(args.env_kwargs | render))
+    space = env.action_space
+    if not (isinstance(space, gym.spaces.Box) and space.is_bounded()):
+        stop(f"error: --env-id {args.env_id}: needs Box actions with bounds, this one has {space}")
+    return ReplayableEnv(flatten_observations(args, env))
+
+
+class ActionScaler:
+    """Clips actions into a Box. In bounded dimensions, [-1, 1] is first mapped to [low, high].
+
+    Shapes: tensor (..., dim) -> array (..., *box.shape) of the box's dtype.
+    """
+
+    def __init__(self, box: gym.spaces.Box) -> None:
+        float_dtype = np.result_type(box.dtype, np.float32)  # integers would overflow
+        self.low, self.high = (x.flatten().astype(float_dtype) for x in (box.low, box.high))
+        self.box, self.dim = box, len(self.low)
+
+    def __call__(self, actions: Tensor) -> np.ndarray:
+        unscaled = actions.cpu().numpy()
+        if not np.isfinite(unscaled).all():
+            stop("error: the policy's action is not finite; the last checkpoint is kept", 3)
+        low, high = self.low, self.high
+        with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
+            scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
+            inside = np.clip(np.where(np.isfinite(high - low), scaled, unscaled), low, high)
+        if not np.issubdtype(self.box.dtype, np.floating):
+            inside = np.rint(inside)
+        return inside.astype(self.box.dtype).reshape((*actions.shape[:-1], *self.box.shape))
+
+
+# ---- Run infrastructure: the same bytes in every script ------------------------------------------
+
+SCRIPT = Path(__file__).resolve()
+SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
+LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
+
+
+def parse_count(text: str) -> int:
+    """Read a whole number that may be written 1000000, 1_000_000 or 1e6."""
+    if not float(text).is_integer():
+        raise ValueError(f"not a whole number: {text}")
+    return int(float(text)) if "e" in text.lower() or "." in text else int(text)
+
+
+def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
+    """Annotation of a flag that is read by `parse` and printed by `show`."""
+    return Annotated[
+        kind,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+        ),
+    ]
+
+
+Count = flag_type(int, "INT", parse_count, "{:_}".format)
+Json = flag_type(dict, "JSON", json.loads, json.dumps)
+Text = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+
+
+def require(args: Any, names: str, allowed: Callable[[Any], bool], text: str) -> None:
+    """Check fields of the arguments. Raises: ValueError, which tyro reports with exit code 2."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not allowed(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be {text}, got {value}")
+
+
+def check_run_args(args: Any) -> None:
+    """Check the arguments that every script has. Raises: ValueError."""
+    counts = "total_timesteps num_envs eval_episodes torch_threads"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
+    require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
+    require(args, "env_kwargs", lambda x: isinstance(x, dict), "a JSON object")
+    require(args, "resume evaluate", lambda x: x != "", "the path of a run folder")
+    require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
+
+
+def parse_args(args_class: type) -> Any:
+    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
+    args = tyro.cli(args_class, default=args_class())
+    flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
+    if folder is None:  # again, as defaults may depend on the environment
+        return tyro.cli(args_class, default=args_class(env_id=args.env_id))
+    try:
+        about = json.loads(Path(folder, "args.json").read_text())
+        if about["script"] != SCRIPT.name:
+            stop(f"error: {flag} {folder}: a run of {about['script']}: use that script")
+        if about["sha256"] != SHA256:
+            warn(f"{SCRIPT.name} has changed since {folder} began")
+        names = {field.name for field in fields(args_class)} & about["args"].keys()
+        here = {"run_dir": folder, "resume": args.resume, "evaluate": args.evaluate}
+        old = args_class(**{name: about["args"][name] for name in names} | here)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        stop(f"error: {flag} {folder}: not a complete run folder: {error!r}")
+    args = tyro.cli(args_class, default=old)
+    free = "device torch_threads track capture_video eval_episodes "
+    free += "eval_frequency checkpoint_frequency total_timesteps" if args.resume else "seed"
+    for name, was in asdict(old).items():
+        now = getattr(args, name)
+        if now != was and (name not in free.split() or (name == "total_timesteps" and now < was)):
+            name = name.replace("_", "-")
+            stop(f"error: {flag} {folder}: --{name} is {was} there and cannot become {now}")
+    if args.total_timesteps > old.total_timesteps:
+        warn("schedules, such as that of the learning rate, jump: they end at the new total")
+    return args
+
+
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+        tqdm.write(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def setup(args: Any) -> tuple[torch.device, Rng]:
+    """Set the number of threads. Returns the device and the generator of this run."""
+    found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    if args.device not in ["auto", *found]:
+        stop(f"error: --device {args.device}: torch finds none here; use auto or cpu")
+    device = torch.device(found[0] if args.device == "auto" else args.device)
+    compiles = args.compile and not args.evaluate and device.type == "cpu"
+    if compiles and not shutil.which(os.environ.get("CXX", "g++")):
+        stop("error: --compile needs a C++ compiler, such as g++, and found none")
+    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a display
+    sys.path.append("")  # so that "module:Name-v0" is found in the working directory, too
+    torch.set_num_threads(args.torch_threads)
+    return device, Rng(np.random.PCG64(args.seed))
+
+
+class Rng(np.random.Generator):
+    """The run's own random numbers; an environment may seed or use NumPy's global ones."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.bit_generator.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bit_generator.state = state
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Which code runs, and on what."""
+    names = [x for x in ("torch", "gymnasium", "numpy", "mujoco") if x in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in names}
+    about = {"script": SCRIPT.name, "sha256": SHA256, "git": None, "device": str(device)}
+    with contextlib.suppress(OSError):  # without git, the commit is None
+        git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "HEAD"]
+        about["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return about | {"versions": versions | {"python": sys.version.split()[0]}}
+
+
+@contextlib.contextmanager
+def making(args: Any) -> Iterator[None]:
+    """Turn what keeps an environment from being made into a one-line exit."""
+    try:
+        yield
+    except Exception as error:  # environments refuse --env-kwargs in many ways
+        if not args.env_kwargs and not isinstance(error, gym.error.Error | ImportError):
+            raise
+        kwargs = f" --env-kwargs '{json.dumps(args.env_kwargs)}'" if args.env_kwargs else ""
+        stop(f"error: --env-id {args.env_id}{kwargs}: {str(error) or repr(error)}")
+
+
+def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
+    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
+    numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
+    parts = {"it": space}
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts = dict(space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space))
+    for key, part in parts.items():
+        if not isinstance(part, numbers) or len(part.shape) > 2:
+            stop(f"error: --env-id {args.env_id}: needs vectors to observe, but {key} is {part}")
+    is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if is_vector else gym.wrappers.FlattenObservation(env)
+
+
+class ReplayableEnv(gym.Wrapper):
+    """An environment that is saved as the seed of its current episode and the actions since.
+
+    Restoring repeats the actions, which is exact if reset(seed) determines the episode; if it comes
+    out different, a new one starts. `info` holds return and length on an episode's last step.
+    """
+
+    SAVED = ("seed", "episode", "length", "episodic_return", "actions", "obs")
+    lost_episode = False  # whether the last restoring came out different
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        if seed is not None:
+            self.seed, self.episode = seed, 0
+        episode_seed = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
+        obs, _ = self.env.reset(seed=int(episode_seed) // 2, options=options)  # below 2**31
+        self.episode += 1
+        self.actions, self.length = [], 0
+        self.episodic_return = 0.0
+        self.obs = np.array(obs)
+        return self.obs, {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        if self.length < LONGEST_EPISODE:
+            self.actions.append(np.array(action))  # a copy: some environments change their action
+        obs, reward, termination, truncation, _ = self.env.step(action)
+        reward = np.asarray(reward).item()  # some environments return an array of one number
+        self.obs = np.array(obs)
+        self.length += 1
+        self.episodic_return += float(reward)
+        if not (termination or truncation):
+            return self.obs, reward, termination, truncation, {}
+        if not (math.isfinite(self.episodic_return) and np.isfinite(self.obs).all()):
+            warn("the environment sent a reward or an observation that is not finite")
+        ended = {"return": self.episodic_return, "length": self.length}
+        return self.obs, reward, termination, truncation, ended
+
+    @property
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """What restores the environment; setting it does so."""
+        return {name: np.array(getattr(self, name)) for name in self.SAVED}
+
+    @snapshot.setter
+    def snapshot(self, saved: dict[str, np.ndarray]) -> None:
+        self.seed, self.episode = int(saved["seed"]), int(saved["episode"]) - 1
+        self.lost_episode = True
+        with contextlib.suppress(Exception):  # an episode that differs may raise anything
+            self.reset()
+            for action in saved["actions"].copy():  # some environments change their action
+                self.step(action)
+            now = self.snapshot
+            same = (np.array_equal(now[x], saved[x], equal_nan=True) for x in self.SAVED)
+            self.lost_episode = not all(same)
+        if self.lost_episode:
+            warn("environment not restored, a new episode starts")
+            self.reset()
+
+
+def close(envs: gym.Env | VectorEnv) -> None:
+    """Close environments, once. An error in that costs a line, not the run."""
+    if not getattr(envs, "closed", False):
+        for env in getattr(envs, "envs", [envs]):
+            try:  # without waiting for a process that is dead or in the middle of a step
+                env.close(**({"timeout": 0} if hasattr(env, "processes") else {}))
+            except Exception as error:
+                warn(f"an environment could not be closed: {error!r}")
+        envs.closed = True  # so that neither Gymnasium nor the end of the process does it again
+
+
+class Run:
+    """A run and its folder. Knows nothing of the algorithm.
+
+    `state` names everything else that must survive a kill; each part has state_dict() and
+    load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
+    `policy` maps one observation to the deterministic action.
+    """
+
+    SAVED = ("global_step", "wall_time", "eval_due", "wandb_id")
+    TRAINING_ONLY = ("optimizer", "buffer", "rng")
+
+    def __init__(self, args: Any, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
+        self.args, self.device = args, device
+        self.envs, self.state = envs, state
+        self.policy = policy
+        name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
+        self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
+        self.eval_due = False  # whether an evaluation at this step is still to come
+        self.lost_episodes = np.zeros(args.num_envs, np.bool_)  # by environments, in restore
+        self.wandb, self.wandb_id = None, None
+        self.episodes = []  # (return, length) of those that ended since the last line of metrics
+        self.recent_return = "no episode yet"
+        self.result = {}  # the last evaluation, if nothing was learned since
+        self.bar, self.last_line = tqdm(disable=True), 0.0
+        self.signal, self.signal_time = 0, 0.0
+        self.refuse_what_would_fail()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    @property
+    def finished(self) -> bool:
+        return self.global_step >= self.args.total_timesteps
+
+    def again(self, flag: str = "--resume") -> str:
+        """A command that can be pasted anywhere."""
+        return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
+
+    def refuse_what_would_fail(self) -> None:
+        """Report the user's mistakes that can be seen before any file is written."""
+        new = self.args.run_dir and not self.args.resume and not self.args.evaluate
+        if new and (self.dir / "args.json").exists():
+            stop(f"error: --run-dir {self.dir} holds a run: name another, or --resume {self.dir}")
+        tracks = self.args.track and not self.args.evaluate
+        if tracks and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+            stop("error: --track needs wandb: pip install wandb, or leave it out")
+        if self.args.capture_video:
+            try:
+                import moviepy  # noqa: F401  RecordVideo needs it
+                with contextlib.closing(make_env(self.args, "rgb_array")) as env:
+                    env.reset(seed=0)
+                    frame, rate = env.render(), env.metadata.get("render_fps", 30)
+                if np.ndim(frame) != 3 or not rate:
+                    raise ValueError(f"{rate} frames per second, shape {np.shape(frame)}")
+            except Exception as error:  # each renderer raises its own
+                stop(f"error: --capture-video: cannot render {self.args.env_id} here: {error!r}")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn a write error into a one-line exit; complete files stay intact."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
+            way_out = f"make room, then {self.again()}, or name another --run-dir"
+            stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
+
+    def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+        """Write a file so that a kill at any instant leaves the old one or the new one."""
+        temporary = self.dir / f"{name}.tmp"
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.dir / name)
+
+    def begin(self) -> None:
+        """Start the clock, the run folder, wandb and the progress bar."""
+        self.start_time = time.time() - self.wall_time
+        with self.writing():
+            self.claim_folder()
+            self.open_folder()
+        if self.args.track:
+            self.start_wandb()
+        saved = [x for x in self.state.values() if isinstance(x, nn.Module)]
+        saved = {id(weight) for module in saved for weight in module.parameters()}
+        groups = [group for x in self.state.values() for group in getattr(x, "param_groups", ())]
+        if any(id(weight) not in saved for group in groups for weight in group["params"]):
+            warn("a network that is trained is not in `state`: a resume would lose it")
+        total, begun = self.args.total_timesteps, self.global_step
+        self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
+        if self.eval_due and not self.result:
+            self.evaluate()
+            self.stop_if_asked()
+
+    def claim_folder(self) -> None:
+        """Make the folder, if that is left to do, and keep other processes from training in it."""
+        name, tries = self.dir.name, 1
+        while tries:
+            try:
+                self.dir.mkdir(parents=True, exist_ok=self.args.run_dir is not None)
+                tries = 0
+            except FileExistsError:
+                if self.args.run_dir or not self.dir.exists():  # a link that leads nowhere
+                    raise
+                tries += 1
+                self.dir = self.dir.with_name(f"{name}__{tries}")  # begun in the same second
+        held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
+        self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
+        LOCKS[self.dir.resolve()] = self.script
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+            if held:
+                fcntl.flock(held, fcntl.LOCK_UN)
+            try:
+                fcntl.flock(self.script, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stop(f"error: --run-dir {self.dir}: another process trains in it")
+
+    def open_folder(self) -> None:
+        """Begin the files of a new run, or cut a resumed one's metrics back to its checkpoint."""
+        about, lines = describe(self.device), []
+        if self.args.resume:
+            about = json.loads((self.dir / "args.json").read_text())
+            with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: half a last line
+                for text in (self.dir / "metrics.jsonl").read_text().splitlines():
+                    lines.append(json.loads(text))
+        lines = [line for line in lines if line["global_step"] <= self.global_step]
+        last = lines[-1] if lines else {}
+        if last.get("eval/episodes") == self.args.eval_episodes:
+            names = ("eval/episodic_return", "eval/episodic_return_std", "eval/episodes")
+            self.result = {name: last.get(name, math.nan) for name in names}
+        about["args"] = asdict(self.args) | {"resume": None, "evaluate": None}
+        metrics = "".join(json.dumps(line) + "\n" for line in lines)
+        if not self.args.resume and not SCRIPT.samefile(self.dir / SCRIPT.name):
+            self.script.truncate(0)
+            self.script.write(SCRIPT.read_bytes())
+            self.script.flush()
+        self.write_whole("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+        self.write_whole("metrics.jsonl", lambda file: file.write(metrics.encode()))
+
+    def start_wandb(self) -> None:
+        """Log online where a key and the network allow it, otherwise offline; never ask."""
+        import wandb
+        os.environ["WANDB_CACHE_DIR"] = os.environ["WANDB_DATA_DIR"] = str(self.dir.resolve())
+        args, settings = self.args, wandb.Settings(silent=True, console="off", x_disable_stats=True)
+        for mode in (os.environ.get("WANDB_MODE", "online"), "offline"):
+            with contextlib.suppress(wandb.Error):  # no network, a wrong key, an unknown entity
+                if mode != "online" or wandb.login(prompt=False):
+                    self.wandb_id = self.wandb_id or os.urandom(4).hex()
+                    self.wandb = wandb.init(
+                        project=args.wandb_project_name, entity=args.wandb_entity, mode=mode,
+                        name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", dir=self.dir,
+                        id=self.wandb_id, resume="allow", config=asdict(args), settings=settings,
+                    )
+                    break
+        if mode == "offline":
+            tqdm.write(f"offline; later: wandb sync {self.dir}/wandb/offline-run-*", sys.stderr)
+        self.wandb.define_metric("global_step")
+        self.wandb.define_metric("*", step_metric="global_step")
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        if self.signal and time.monotonic() > self.signal_time + 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
+
+    def stop_if_asked(self, flag: str = "--resume") -> None:
+        """End here if a signal came."""
+        if self.signal:
+            self.bar.close()
+            stop(f"stopped; go on: {self.again(flag)}", 128 + self.signal)
+
+    def save_checkpoint(self) -> None:
+        checkpoint = {name: part.state_dict() for name, part in self.state.items()}
+        snapshots = self.envs.get_attr("snapshot")
+        checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
+        checkpoint |= {name: getattr(self, name) for name in self.SAVED}
+        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
+        with self.writing():
+            self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+    def restore(self) -> int:
+        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
+        path = self.dir / "checkpoint.pt"
+        if self.args.resume and not path.exists():
+            return 0  # killed before its first checkpoint
+        try:  # mmap: a replay memory is copied from the file, and never twice in memory
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for name, part in self.state.items():
+                if self.args.resume or not name.endswith(self.TRAINING_ONLY):
+                    part.load_state_dict(checkpoint[name])
+            vars(self).update({name: checkpoint[name] for name in self.SAVED})
+            if self.args.resume:
+                torch.set_rng_state(checkpoint["torch_rng"].clone())
+                snapshots = [{k: x.numpy() for k, x in s.items()} for s in checkpoint["envs"]]
+                self.envs.set_attr("snapshot", snapshots)
+                self.lost_episodes[:] = self.envs.get_attr("lost_episode")
+        except Exception as error:  # a damaged file can raise anything
+            stop(f"error: {path} is no checkpoint of this run: {error!r:.200}")
+        return self.global_step
+
+    def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Log; save and evaluate where it is due; end the run if a signal asked for it."""
+        previous, self.global_step = self.global_step, global_step
+
+        def passed(frequency: int) -> bool:
+            return frequency > 0 and global_step // frequency > previous // frequency
+
+        self.stop_unless_finite(metrics)
+        if self.episodes:
+            mean_return, mean_length = np.mean(self.episodes, axis=0).tolist()
+            metrics["charts/episodic_return"] = mean_return
+            metrics["charts/episodic_length"] = mean_length
+            metrics["charts/episodes"] = len(self.episodes)
+            self.recent_return = f"return {mean_return:.1f}"
+            self.episodes = []
+        self.wall_time = time.time() - self.start_time
+        metrics["charts/SPS"] = global_step / self.wall_time
+        self.write_metrics(metrics)
+        self.result = {}
+        self.eval_due = passed(self.args.eval_frequency) and not self.finished
+        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        if saved := bool(due or self.signal):
+            self.save_checkpoint()  # first, as evaluations take long and environments fail
+        self.show_progress(metrics["charts/SPS"])
+        if self.eval_due:
+            self.evaluate()
+        if saved and not self.finished:
+            self.stop_if_asked()
+
+    def stop_unless_finite(self, metrics: dict[str, float]) -> None:
+        """A NaN or infinity ends the run while its last checkpoint is still good."""
+        bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
+        for name, part in self.state.items():
+            if not name.endswith(self.TRAINING_ONLY):
+                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
+                bad += [name for tensor in tensors if not tensor.isfinite().all()]
+        if bad:
+            kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
+            stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        line = {"global_step": self.global_step, "wall_time": self.wall_time}
+        line |= {name: value for name, value in metrics.items() if math.isfinite(value)}
+        with self.writing(), open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log(line)
+
+    def show_progress(self, speed: float) -> None:
+        step, total = self.global_step, max(self.args.total_timesteps, self.global_step)
+        self.bar.set_postfix_str(self.recent_return, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.time() > self.last_line + 10:
+            self.last_line = time.time()
+            times = f"{speed:.0f}/s, {(total - step) / speed:.0f} s left"
+            with contextlib.suppress(OSError):
+                print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)
+
+    def evaluate(self) -> None:
+        """Play whole episodes, each time from the same seed, and log them unless a signal came."""
+        before, video = torch.get_rng_state(), self.args.capture_video
+        env = make_env(self.args, "rgb_array" if video else None)
+        if video:
+            folder, name = str(self.dir / "videos"), f"step-{self.global_step}"
+            gym.logger.min_level = gym.logger.ERROR  # RecordVideo warns of videos already there
+            env = gym.wrappers.RecordVideo(
+                env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True
+            )
+        seed = int(np.random.SeedSequence([self.args.seed, 1]).generate_state(1)[0])
+        returns = []
+        try:
+            while len(returns) < self.args.eval_episodes and not self.signal:
+                obs, _ = env.reset(seed=None if returns else seed)
+                returns.append(0.0)
+                for _ in range(LONGEST_EPISODE):
+                    obs, reward, termination, truncation, _ = env.step(self.policy(obs))
+                    returns[-1] += float(reward)
+                    if termination or truncation or self.signal:
+                        break
+        finally:
+            close(env)
+        torch.set_rng_state(before)
+        if self.signal:
+            return
+        if video and self.wandb:
+            from wandb import Video
+            clip = Video(f"{folder}/{name}-episode-0.mp4", format="mp4")
+            self.wandb.log({"global_step": self.global_step, "eval/video": clip})
+        self.result = {"eval/episodic_return": np.mean(returns)}
+        self.result |= {"eval/episodic_return_std": np.std(returns), "eval/episodes": len(returns)}
+        if not self.args.evaluate:
+            self.write_metrics(self.result)
+
+    def finish(self) -> None:
+        """Evaluate, unless that is done, and print the result as the last line of stdout."""
+        if not self.result:
+            self.evaluate()
+            self.stop_if_asked("--evaluate" if self.args.evaluate else "--resume")
+        mean, std, episodes = self.result.values()
+        self.bar.close()
+        result = f"eval mean_return={mean:.4f} std={std:.4f} episodes={episodes}"
+        print(f"{result} global_step={self.global_step} run_dir={self.dir}", flush=True)
+        close(self.envs)
+
+
+if __name__ == "__main__":
+    train(parse_args(Args))
