@@ -189,20 +189,22 @@ def test_odd_spaces_run(script, tmp_path):
     assert training(tmp_path)[-1]["charts/episodic_length"] == 7
 
 
+@pytest.mark.parametrize("script", ["ppo_continuous", "a2c", "trpo"])
 @pytest.mark.parametrize("name, terminates", [("Forever", 0), ("Ending", 1)])
 def test_every_end_cuts_the_recursion_and_only_a_termination_the_bootstrap(
-    ppo, tmp_path, monkeypatch, name, terminates
+    script, tmp_path, monkeypatch, name, terminates
 ):
     """Values alone do not show it: what leaks in from the next episode is 0 in the mean."""
-    given, compute_gae = [], ppo.compute_gae
+    given, compute_gae = [], load(script).compute_gae
 
     def look(rewards, values, next_values, terminations, dones, *rest):
         given.append((terminations.clone(), dones.clone()))
         return compute_gae(rewards, values, next_values, terminations, dones, *rest)
 
-    monkeypatch.setattr(ppo, "compute_gae", look)
-    words = ["--env-id", f"probes:{name}-v0", "--no-recompute-advantages"]  # once an iteration
-    run("ppo_continuous", *words, "--run-dir", tmp_path / "r")
+    monkeypatch.setattr(load(script), "compute_gae", look)
+    words = ["--env-id", f"probes:{name}-v0", "--env-kwargs", "{}"]
+    words += ["--no-recompute-advantages"] if script == "ppo_continuous" else []  # once a rollout
+    run(script, *words, "--run-dir", tmp_path / "r")
     every_fifth = ((torch.arange(256) + 1) % 5 == 0).float()
     terminations, dones = (torch.cat(parts) for parts in zip(*given, strict=True))
     for column in range(2):
