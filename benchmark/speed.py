@@ -1,7 +1,7 @@
 """Training speed: beside a peer's, against --num-envs, with several jobs at once; the sum tree's.
 
     python -m benchmark.speed                 all of them, as Markdown
-    python -m benchmark.speed peers envs processes workers tree
+    python -m benchmark.speed peers matrix envs processes workers tree
 
 Beside a peer: same work, same machine, one thread, alternating runs; the median over the pairs.
 The first iterations (imports, compilation, warm-up) are left out on both sides. Nothing else should
@@ -9,6 +9,8 @@ run on the machine. --only DQN measures the rows with that in their name.
 """
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import statistics
@@ -44,6 +46,10 @@ PONG = """--train-frequency 4 --batch-size 32 --buffer-size 10000 --learning-sta
 --epsilon-end 0.1 --device cpu"""
 A2C = "--num-steps 5 --gae-lambda 1 --critic-steps 1 --no-norm-adv"
 TRPO_CHEETAH = ("trpo.py", "HalfCheetah-v5", 81_920, 20_480)
+SMALL_REPLAY = "--buffer-size 100000 --learning-starts 1000 --log-frequency 500"
+FASTEST = SMALL_REPLAY + " --compile --precision bfloat16"
+SAC_CHEETAH = ("actor_critic.py SAC", "HalfCheetah-v5", 5000, 2000)
+DDPG_CHEETAH = ("actor_critic.py DDPG", "HalfCheetah-v5", 5000, 2000)
 A2C_SMALL = " --num-envs 8 --no-norm-obs --no-norm-reward"
 A2C_CHEETAH = ("a2c.py", "HalfCheetah-v5", 80_000, 20_000)
 A2C_CARTPOLE = ("a2c.py", "CartPole-v1", 80_000, 20_000)
@@ -61,6 +67,12 @@ ROWS = {
     "A2C, CartPole, --compile": Row("a2c.py", A2C + A2C_SMALL + " --compile", *A2C_CARTPOLE),
     "TRPO, HalfCheetah": Row("trpo.py", "", *TRPO_CHEETAH),
     "TRPO, HalfCheetah, --compile": Row("trpo.py", "--compile", *TRPO_CHEETAH),
+    "SAC, HalfCheetah": Row("sac.py", SMALL_REPLAY, *SAC_CHEETAH),
+    "SAC, HalfCheetah, --compile": Row("sac.py", SMALL_REPLAY + " --compile", *SAC_CHEETAH),
+    "SAC, HalfCheetah, --compile, bfloat16": Row("sac.py", FASTEST, *SAC_CHEETAH),
+    "DDPG, HalfCheetah": Row("ddpg.py", SMALL_REPLAY, *DDPG_CHEETAH),
+    "DDPG, HalfCheetah, --compile": Row("ddpg.py", SMALL_REPLAY + " --compile", *DDPG_CHEETAH),
+    "DDPG, HalfCheetah, --compile, bfloat16": Row("ddpg.py", FASTEST, *DDPG_CHEETAH),
     "DQN, CartPole": Row("dqn.py", DQN, *CARTPOLE),
     "DQN, CartPole, --compile": Row("dqn.py", DQN + " --compile", *CARTPOLE),
     "DQN, Pong": Row("dqn.py", PONG, *ATARI),
@@ -69,10 +81,11 @@ ROWS = {
 WORK = """PPO: 8 environments x 256 steps, 10 epochs, minibatches of 64, 64-64 tanh networks,
 observations and rewards normalised, advantages computed once a rollout. A2C: 16 environments x 5
 steps, on CartPole 8 x 5 and nothing normalised, one step on both networks. TRPO: 16 x 64 steps,
-15 conjugate gradient steps, 20 of the critic on the whole batch; the peer is sb3-contrib's. DQN,
-CartPole: a gradient step on 128 transitions every 10 steps, 120-84 network. DQN, Pong: one on 32
-every 4 steps of 4 frames, network of Mnih et al. 2015, Adam. Both sides of DQN use Huber's loss;
-the peers' also clip gradients. SBX is Stable-Baselines3 in JAX, bound to one core."""
+15 conjugate gradient steps, 20 of the critic on the whole batch; the peer is sb3-contrib's. SAC and
+DDPG: a gradient step on 256 transitions every step, 256-256 networks. DQN, CartPole: one on 128
+every 10 steps, 120-84 network. DQN, Pong: one on 32 every 4 steps of 4 frames, network of Mnih et
+al. 2015, Adam. Both sides of DQN use Huber's loss; the peers' also clip gradients. SBX is
+Stable-Baselines3 in JAX, bound to one core."""
 PEERS = {"stable_baselines3": "Stable-Baselines3", "sbx": "SBX"}
 
 
@@ -119,8 +132,8 @@ def our_speeds(row: Row, more: str = "", copies: int = 1) -> list[float]:
 
 
 def peer_speed(row: Row, library: str) -> float:
-    words = [f"benchmark/peers/{row.peer}", library, row.env_id, str(row.total), str(row.warm_up)]
-    return float(finish(start(sys.executable, *words)))
+    words = [*row.peer.split(), library, row.env_id, str(row.total), str(row.warm_up)]
+    return float(finish(start(sys.executable, f"benchmark/peers/{words[0]}", *words[1:])))
 
 
 def peers(pairs: int, only: str) -> None:
@@ -146,6 +159,44 @@ def peers(pairs: int, only: str) -> None:
             cells += [f"{statistics.median(speeds):,.0f}", spread]
         cells += [""] * 2 * (len(PEERS) - len(libraries))
         print(f"| {title} | {' | '.join(cells)} |", flush=True)
+
+
+def matrix(pairs: int, only: str) -> None:
+    """How much of the machine's rate of matrix products a training run reaches."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.set_num_threads(1)
+    rates = {}
+    for precision, dtype in (("highest", torch.float32), ("bfloat16", torch.bfloat16)):
+        left, right = torch.randn(2, 1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - begin)
+        rates[precision] = 2 * 1024**3 / statistics.median(times) / 1e9
+        print(f"{precision}: {rates[precision]:.0f} GFLOP/s in products of 1024 x 1024 matrices.")
+    print(f"\nHalfCheetah-v5, compiled, one thread; median of {pairs} runs.\n")
+    print("| script | --precision | steps/s | MFLOP a step | GFLOP/s | of the matrix rate |")
+    print("|---|---|---|---|---|---|")
+    for script in ("sac", "ddpg"):
+        module = importlib.import_module(script)
+        with tempfile.TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:
+            words = "--total-timesteps 200 --learning-starts 100 --log-frequency 100".split()
+            sys.argv = [script, *words, "--eval-episodes", "1", "--run-dir", f"{folder}/run"]
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+                module.train(module.parse_args(module.Args))
+        flops = counter.get_total_flops() / 100  # acting and evaluating are below 1 %
+        for precision in rates:
+            row = ROWS[f"{script.upper()}, HalfCheetah, --compile"]
+            runs = [our_speeds(row, f"--precision {precision}")[0] for _ in range(pairs)]
+            speed = statistics.median(runs)
+            reached = flops * speed / 1e9
+            cells = [f"`{script}.py`", precision, f"{speed:,.0f}", f"{flops / 1e6:.0f}"]
+            cells += [f"{reached:.0f}", f"{reached / rates[precision]:.0%}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def median_speeds(
@@ -236,7 +287,7 @@ def tree(pairs: int, only: str) -> None:
 
 
 def main() -> None:
-    tables = {"peers": peers, "envs": envs, "processes": processes}
+    tables = {"peers": peers, "matrix": matrix, "envs": envs, "processes": processes}
     tables |= {"workers": workers, "tree": tree}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", help=", ".join(tables) + "; all by default")

@@ -419,7 +419,7 @@ def test_an_episode_that_cannot_be_restored_leads_nowhere(script, tmp_path, monk
     assert (saved["buffer"]["actions"][last] >= 0).all()
 
 
-@pytest.mark.parametrize("script", ["ppo_continuous", "a2c"])
+@pytest.mark.parametrize("script", ["ppo_continuous", "a2c", "trpo"])
 def test_nor_does_its_return_go_on(script, tmp_path, monkeypatch):
     """Rewards are scaled by a discounted return, which starts from 0 in the new episode."""
     go(script, "Unseeded", tmp_path / "r", "--total-timesteps", 256)
@@ -435,6 +435,22 @@ def test_nor_does_its_return_go_on(script, tmp_path, monkeypatch):
     run(script, "--resume", tmp_path / "r", *words, quick=False)
     assert seen == [[0, 0]]
     assert (checkpoint(tmp_path / "r")["reward_scaler"]["running_return"] > 0).all()
+
+
+def test_nor_does_its_noise(tmp_path, monkeypatch):
+    """An Ornstein-Uhlenbeck process, which starts from 0 in the new episode."""
+    go("ddpg", "Unseeded", tmp_path / "r", "--noise", "ou")
+    assert (checkpoint(tmp_path / "r")["noise"]["values"] != 0).all()
+    ddpg = load("ddpg")
+    seen, begin = [], ddpg.Run.begin
+
+    def look(self):
+        seen.append(self.state["noise"].values.tolist())
+        begin(self)
+
+    monkeypatch.setattr(ddpg.Run, "begin", look)
+    run("ddpg", "--resume", tmp_path / "r", "--total-timesteps", 640, quick=False)
+    assert seen == [[[0], [0]]]
 
 
 def test_an_episode_too_long_to_repeat_is_not_taken_for_another(ppo, capsys, monkeypatch):

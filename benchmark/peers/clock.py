@@ -1,4 +1,4 @@
-"""What the peers' on-policy scripts share."""
+"""What the peers' scripts share."""
 
 import time
 
@@ -25,3 +25,16 @@ def steps_per_second(model, total_timesteps: int, warm_up: int) -> float:
     end = (time.perf_counter(), model.num_timesteps)
     start = next(mark for mark in clock.marks if mark[1] >= warm_up)
     return (end[1] - start[1]) / (end[0] - start[0])
+
+
+class StepClock(BaseCallback):
+    """Notes the time at one step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.step:
+            self.start = time.perf_counter()
+        return True

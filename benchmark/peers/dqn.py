@@ -10,22 +10,9 @@ import time
 
 import ale_py  # noqa: F401  registers the games
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
+from clock import StepClock
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack
-
-
-class Clock(BaseCallback):
-    """Notes the time at one step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    def _on_step(self) -> bool:
-        if self.num_timesteps == self.step:
-            self.start = time.perf_counter()
-        return True
 
 
 def main(library: str, env_id: str, total_timesteps: int, warm_up: int) -> None:
@@ -49,7 +36,7 @@ def main(library: str, env_id: str, total_timesteps: int, warm_up: int) -> None:
             exploration_fraction=0.5, exploration_final_eps=0.05, seed=1, device="cpu",
             policy_kwargs={"net_arch": [120, 84]},
         )  # fmt: skip
-    clock = Clock(warm_up)
+    clock = StepClock(warm_up)
     model.learn(total_timesteps, callback=clock)
     print((total_timesteps - warm_up) / (time.perf_counter() - clock.start))
 
