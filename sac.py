@@ -1,31 +1,34 @@
 """Soft actor-critic (SAC), complete in this one file.
 
-DDPG with three ideas more. The actor is stochastic and explores by itself: it is paid for entropy,
+DDPG with three more ideas. The actor is stochastic and explores by itself: it is paid for entropy,
 that is, for staying as random as the reward allows. This payment, alpha times the entropy, is part
-of every value, so that the values are soft. alpha is learned, so that the entropy stays near a
-target. Two critics learn the same, and the smaller of their values counts: one alone would
-believe its own errors, as the actor looks for them. Haarnoja et al. 2018b, arXiv:1812.05905;
-equation numbers are theirs, those with an a of 2018a, arXiv:1801.01290.
+of all that comes after an action, so that values are soft. alpha is learned, so that the entropy
+stays near a target. Two critics learn the same target, and the smaller of their values counts: the
+actor would find and exploit the errors of one. Haarnoja et al. 2018b, arXiv:1812.05905; equation
+numbers are theirs, or of 2018a, arXiv:1801.01290, where it says so.
 
-    act at random for learning_starts steps, then for each environment step:
-        act with a ~ pi(.|s), the tanh of a Gaussian
+    for each environment step:
+        act with a ~ pi(.|s), the tanh of a Gaussian, at first at random
         store (s, a, r, s', whether the task ended)
-        for each of updates_per_step gradient steps, with a random minibatch:
-            V(s') = min over both Q' of Q'(s', a') - alpha log pi(a'|s'), a' ~ pi(.|s')  (eq. 3)
-            y = r + gamma V(s'), without V where the task ended                          (eq. 2)
+        after learning_starts steps, for each of updates_per_step random minibatches:
+            V(s') = smaller Q'(s', a') - alpha log pi(a'|s'), with a' ~ pi(.|s')         (eq. 3)
+            y = r + gamma V(s'), or r where the task ended                               (eq. 2)
             one Adam step of both Q on the mean of (Q(s, a) - y)^2                       (eq. 5)
-            one Adam step of pi on the mean of alpha log pi(a~|s) - min of Q(s, a~)      (eq. 9)
-            one Adam step of alpha on the mean of alpha (-log pi(a~|s) - target entropy) (eq. 18)
+            one Adam step, with a~ ~ pi(.|s),
+                of pi on the mean of alpha log pi(a~|s) - smaller Q(s, a~)               (eq. 9)
+                and of alpha on the mean of alpha (-log pi(a~|s) - target entropy)       (eq. 18)
             move both targets Q' towards both Q by the share tau                         (section 6)
 
     python sac.py --env-id HalfCheetah-v5 --seed 1
 
---value-network --no-autotune is the algorithm of 2018a: V has a network of its own, which learns
-min of Q(s, a~) - alpha log pi(a~|s) (eq. 5a), and its target network takes the place of Q' in y
-(eq. 8a). alpha is fixed there; it is 1 over the paper's reward scale.
+--value-network --no-autotune --alpha 0.2 is the algorithm of 2018a: V has a network of its own,
+which learns smaller Q(s, a~) - alpha log pi(a~|s) (2018a, eq. 5), and a target network, which gives
+V(s') in y (2018a, eq. 8). alpha is 1 over the paper's reward scale.
 
 Deviations from the paper:
 - Only the end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
+- Actions are random at first, so that the replay memory does not begin with one useless policy.
+- The logarithm of alpha is learned, so that alpha stays positive. Losses lack the paper's 1/2.
 """
 
 from __future__ import annotations
@@ -75,7 +78,7 @@ class Args:
     """Discount factor per environment step."""
     buffer_size: Count = 1_000_000
     """Transitions in the replay memory."""
-    learning_starts: Count = 5_000
+    learning_starts: Count = 10_000
     """Environment steps with random actions before the first gradient step."""
     updates_per_step: float = 1.0
     """Gradient steps per environment step, however many environments there are."""
@@ -169,7 +172,7 @@ class SquashedGaussianActor(nn.Module):
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.last(mixed_precision(self.hidden, obs, self.bfloat16))
         mean, log_std = outputs.chunk(2, dim=1)
-        return mean, log_std.clamp(-20, 2)
+        return mean, log_std.clamp(-20, 2)  # as in the authors' code; no overflow of exp
 
 
 class TwinLinear(nn.Module):
@@ -207,7 +210,7 @@ class TwinCritic(nn.Module):
 
 
 class Temperature(nn.Module):
-    """alpha, the weight of the entropy, positive whatever is learned. Shapes: -> ()."""
+    """alpha, the weight of the entropy, kept positive by its logarithm. Shapes: -> ()."""
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
@@ -228,22 +231,21 @@ def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma:
     return rewards + gamma * next_values.masked_fill(terminations > 0, 0)
 
 
-def squashed_log_prob(mean: Tensor, log_std: Tensor, unsquashed: Tensor) -> Tensor:
+def squashed_log_prob(noise: Tensor, log_std: Tensor, unsquashed: Tensor) -> Tensor:
     """Log-density of the actions tanh(unsquashed), summed over the action dimensions.
 
-    It is the Gaussian's, less the logarithm of tanh's slope 1 - tanh(u)^2. That is written as
-    2 (log 2 - u - softplus(-2 u)), which stays exact where tanh(u) rounds to 1.
+    unsquashed = mean + std * noise. Its Gaussian log-density, minus the log of tanh's slope
+    1 - tanh(u)^2, as 2 (log 2 - u - softplus(-2 u)), which stays exact where tanh(u) rounds to 1.
 
     Shapes: all (B, action_dim) -> (B,). Source: Haarnoja et al. 2018b, appendix C.
     """
-    z = (unsquashed - mean) * torch.exp(-log_std)
-    log_density = -0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_density = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     log_slope = 2 * (math.log(2) - unsquashed - nn.functional.softplus(-2 * unsquashed))
     return (log_density - log_slope).sum(1)
 
 
 def soft_value(q_values: Tensor, log_probs: Tensor, alpha: Tensor) -> Tensor:
-    """Value of a sampled action, with the payment for entropy; the smaller one of both critics'.
+    """Value of a sampled action with the payment for entropy, using the smaller critic's.
 
     Shapes: q_values (2, B), log_probs (B,), alpha () -> (B,). Source: Haarnoja et al. 2018b, eq. 3.
     """
@@ -267,7 +269,7 @@ class TransitionBuffer:
     """
 
     def __init__(self, size: int, obs_dim: int, action_dim: int) -> None:
-        self.widths = Batch(obs_dim, action_dim, 1, obs_dim, 1)
+        self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = np.zeros((size, sum(self.widths)), np.float32)  # takes memory when written to
         self.added = 0
 
@@ -281,12 +283,9 @@ class TransitionBuffer:
         self.rows[new] = np.concatenate(parts, axis=1)
         self.added += len(obs)
 
-    def sample(self, batch_size: int, rng: Rng) -> Tensor:
-        """Rows, uniformly sampled with replacement. Shapes: (batch_size, row)."""
-        return torch.from_numpy(self.rows[rng.integers(len(self), size=batch_size)])
-
-    def split(self, rows: Tensor) -> Batch:
-        """The parts of rows. Shapes: (B, row) -> (B, ...); rewards, terminations (B,)."""
+    def sample(self, batch_size: int, rng: Rng, device: torch.device) -> Batch:
+        """Transitions, uniformly sampled with replacement. Shapes: (batch_size, ...)."""
+        rows = torch.from_numpy(self.rows[rng.integers(len(self), size=batch_size)]).to(device)
         obs, actions, rewards, next_obs, terminations = rows.split(self.widths, dim=1)
         return Batch(obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1))
 
@@ -308,12 +307,11 @@ def train(args: Args) -> None:
 
     actor, critic, value_network = make_networks(args, obs_dim, action_dim, device)
     temperature = Temperature(args.alpha).to(device)
-    source = value_network if args.value_network else critic  # what the targets come from
+    source = value_network if args.value_network else critic  # what target_network follows
     target_network = copy.deepcopy(source)
     actor_parameters = list(actor.parameters())
-    optimizer = torch.optim.Adam(
-        [*actor_parameters, temperature.log_alpha], args.learning_rate, fused=True
-    )
+    learned = [*actor_parameters, temperature.log_alpha]
+    actor_optimizer = torch.optim.Adam(learned, args.learning_rate, fused=True)
     learned = [*critic.parameters(), *value_network.parameters()]
     critic_optimizer = torch.optim.Adam(learned, args.critic_learning_rate, fused=True)
     target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
@@ -328,7 +326,13 @@ def train(args: Args) -> None:
         """Actions of the policy, and their log-probabilities. Shapes: (B, action_dim), (B,)."""
         mean, log_std = actor(obs)
         unsquashed = mean + log_std.exp() * noise
-        return unsquashed.tanh(), squashed_log_prob(mean, log_std, unsquashed)
+        return unsquashed.tanh(), squashed_log_prob(noise, log_std, unsquashed)
+
+    @torch.no_grad()
+    def act(obs: np.ndarray) -> np.ndarray:
+        """Actions of the policy. Shapes: obs (B, obs_dim) -> (B, action_dim)."""
+        actions, _ = sample(torch.from_numpy(obs).float().to(device), draw_noise(len(obs)))
+        return actions.cpu().numpy()
 
     @torch.no_grad()
     def deterministic_policy(obs: np.ndarray) -> np.ndarray:
@@ -337,17 +341,14 @@ def train(args: Args) -> None:
 
     @torch.no_grad()
     def compute_targets(obs, rewards, next_obs, terminations, noise):
-        """What Q of the transitions should be, and what V of obs should be, if it is learned."""
-        if args.value_network:
-            actions, log_probs = sample(obs, noise)
-            value_targets = soft_value(critic(obs, actions), log_probs, temperature())  # eq. 5a
-            next_values = target_network(next_obs)
-        else:
-            next_actions, log_probs = sample(next_obs, noise)
-            q_values = target_network(next_obs, next_actions)
-            next_values = value_targets = soft_value(q_values, log_probs, temperature())  # eq. 3
-        targets = td_target(rewards, terminations, next_values, args.gamma)  # eq. 2, 8a
-        return targets, value_targets
+        """What Q of the transitions should be; and V(obs), or without its network V(next_obs)."""
+        where = obs if args.value_network else next_obs
+        q_network = critic if args.value_network else target_network
+        actions, log_probs = sample(where, noise)
+        values = soft_value(q_network(where, actions), log_probs, temperature())  # eq. 3
+        next_values = target_network(next_obs) if args.value_network else values
+        targets = td_target(rewards, terminations, next_values, args.gamma)  # eq. 2; 2018a, eq. 8
+        return targets, values
 
     def critic_step(obs, actions, targets, value_targets):
         """Compute the gradients for the next step of the critics' optimizer."""
@@ -355,7 +356,7 @@ def train(args: Args) -> None:
         assert q_values.shape[1:] == targets.shape
         loss = (q_values - targets).square().mean(1).sum()  # eq. 5: of both critics
         if args.value_network:
-            loss = loss + nn.functional.mse_loss(value_network(obs), value_targets)  # eq. 5a
+            loss = loss + nn.functional.mse_loss(value_network(obs), value_targets)
         loss.backward()
         return {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
@@ -381,8 +382,8 @@ def train(args: Args) -> None:
         critic_step = torch.compile(critic_step, fullgraph=True)
         actor_step = torch.compile(actor_step, fullgraph=True)
     state = {"actor": actor, "critic": critic, "target_network": target_network}
-    state |= {"value_network": value_network, "temperature": temperature, "optimizer": optimizer}
-    state |= {"critic_optimizer": critic_optimizer, "buffer": buffer, "rng": rng}
+    state |= {"value_network": value_network, "temperature": temperature, "buffer": buffer}
+    state |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer, "rng": rng}
     run = Run(args, device, envs, state, deterministic_policy)
     global_step = run.restore() if args.resume or args.evaluate else 0
     if args.evaluate:
@@ -396,16 +397,13 @@ def train(args: Args) -> None:
     while global_step < last_step:
         # 1. Act
         if global_step < args.learning_starts:
-            actions = torch.from_numpy(rng.uniform(-1, 1, (args.num_envs, action_dim)))
+            actions = rng.uniform(-1, 1, (args.num_envs, action_dim))
         else:
-            with torch.no_grad():
-                actions, _ = sample(
-                    torch.from_numpy(obs).float().to(device), draw_noise(args.num_envs)
-                )
+            actions = act(obs)
 
         # 2. Step the environments
-        last_obs = obs
-        obs, rewards, terminations, truncations, infos = envs.step(to_env(actions))
+        last_obs, scaled = obs, to_env(torch.from_numpy(actions))
+        obs, rewards, terminations, truncations, infos = envs.step(scaled)
         global_step += args.num_envs
         dones = terminations | truncations
         next_obs = obs.copy()  # where an episode ended, obs is already the next one's first
@@ -413,11 +411,11 @@ def train(args: Args) -> None:
             next_obs[dones] = np.stack(infos["final_obs"][dones])
             ended = infos["final_info"]
             run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
-        buffer.add(last_obs, actions.cpu().numpy(), rewards, next_obs, terminations)
+        buffer.add(last_obs, actions, rewards, next_obs, terminations)
 
         for _ in range(updates_due(args, global_step)):
             # 3. Targets
-            batch = buffer.split(buffer.sample(args.batch_size, rng).to(device))
+            batch = buffer.sample(args.batch_size, rng, device)
             targets = compute_targets(
                 batch.obs, batch.rewards, batch.next_obs, batch.terminations,
                 draw_noise(args.batch_size),
@@ -426,21 +424,21 @@ def train(args: Args) -> None:
             # 4. Update
             if args.anneal_lr:
                 remaining = 1 - global_step / last_step
-                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+                actor_optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
                 critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * remaining
             critic_optimizer.zero_grad()
             metrics = critic_step(batch.obs, batch.actions, *targets)
             critic_optimizer.step()
-            optimizer.zero_grad()
+            actor_optimizer.zero_grad()
             metrics |= actor_step(batch.obs, draw_noise(args.batch_size))
-            optimizer.step()
+            actor_optimizer.step()
             polyak_update(target_network, source, args.tau)
             update_metrics.append(metrics)
 
         # 5. Log, checkpoint, evaluate
         finite = not update_metrics or update_metrics[-1]["losses/critic_loss"].isfinite()
         if due(global_step, iteration_steps) or not finite:  # then end_iteration ends the run
-            metrics = {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
+            metrics = {"charts/learning_rate": actor_optimizer.param_groups[0]["lr"]}
             metrics["charts/updates_per_step"] = len(update_metrics) / iteration_steps
             for name in update_metrics[0] if update_metrics else ():
                 metrics[name] = torch.stack([x[name] for x in update_metrics]).mean().item()
@@ -494,7 +492,7 @@ def make_networks(
     args: Args, obs_dim: int, action_dim: int, device: torch.device
 ) -> list[nn.Module]:
     """Actor, critics and V (empty if it is not learned), in the precision that was asked for."""
-    torch.set_float32_matmul_precision("highest" if args.precision == "highest" else "medium")
+    torch.set_float32_matmul_precision("medium" if args.precision == "medium" else "highest")
     bfloat16 = args.precision == "bfloat16"
     dims = obs_dim, action_dim, bfloat16
     value_network = ValueNetwork(obs_dim, bfloat16) if args.value_network else nn.Identity()
@@ -515,7 +513,7 @@ def make_buffer(args: Args, obs_dim: int, action_dim: int) -> TransitionBuffer:
     """The replay memory. One that will not fit is refused now, not hours later when it fills."""
     row, free = TransitionBuffer(1, obs_dim, action_dim).rows, math.inf
     gigabytes = args.buffer_size * row.nbytes / 1e9
-    with contextlib.suppress(OSError):  # only Linux tells
+    with contextlib.suppress(OSError, IndexError):  # only Linux tells
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
     if args.learning_starts > args.total_timesteps and not args.evaluate:
