@@ -81,6 +81,12 @@ def test_a_time_limit_bootstraps_under_normalisation(tmp_path):
     assert learn(tmp_path, "Forever", *normalised) == pytest.approx(10, abs=1)
 
 
+@pytest.mark.parametrize("script", ["ppo_continuous", "a2c", "trpo"])
+def test_values_are_logged_in_units_of_the_reward(script, tmp_path):
+    """Episodes of 50 steps with reward 1: V is 8 or so; what the critic learns is half of it."""
+    assert 6 < learn(tmp_path, "Fifty", "--norm-reward", script=script) < 11
+
+
 @each
 def test_the_bootstrap_is_the_final_observation_and_not_the_next_episodes_first(script, tmp_path):
     """V(s) = s + 0.9 V(1 - s): 4.74 and 5.26. From the wrong observation they differ by 1."""
@@ -195,18 +201,25 @@ def test_every_end_cuts_the_recursion_and_only_a_termination_the_bootstrap(
     script, tmp_path, monkeypatch, name, terminates
 ):
     """Values alone do not show it: what leaks in from the next episode is 0 in the mean."""
-    given, compute_gae = [], load(script).compute_gae
+    given, cuts, module = [], [], load(script)
+    compute_gae, observe = module.compute_gae, module.RewardScaler.observe
 
     def look(rewards, values, next_values, terminations, dones, *rest):
         given.append((terminations.clone(), dones.clone()))
         return compute_gae(rewards, values, next_values, terminations, dones, *rest)
 
-    monkeypatch.setattr(load(script), "compute_gae", look)
+    def look_at_scaler(scaler, rewards, dones):
+        cuts.append(dones.clone())
+        observe(scaler, rewards, dones)
+
+    monkeypatch.setattr(module, "compute_gae", look)
+    monkeypatch.setattr(module.RewardScaler, "observe", look_at_scaler)
     words = ["--env-id", f"probes:{name}-v0", "--env-kwargs", "{}"]
     words += ["--no-recompute-advantages"] if script == "ppo_continuous" else []  # once a rollout
     run(script, *words, "--run-dir", tmp_path / "r")
     every_fifth = ((torch.arange(256) + 1) % 5 == 0).float()
     terminations, dones = (torch.cat(parts) for parts in zip(*given, strict=True))
+    assert torch.equal(torch.cat(cuts), dones)  # the return that scales rewards is cut, too
     for column in range(2):
         assert dones[:, column].tolist() == every_fifth.tolist()
         assert terminations[:, column].tolist() == (terminates * every_fifth).tolist()

@@ -287,6 +287,14 @@ def test_a_rejected_step_leaves_the_policy_and_the_critic_learns_all_the_same(
     assert training(tmp_path / "b")[0]["losses/rejected_steps"] == 1
 
 
+def test_a_direction_that_is_not_finite_leaves_the_policy(trpo, tmp_path, monkeypatch):
+    """0 times infinity would be NaN."""
+    monkeypatch.setattr(trpo, "conjugate_gradient", lambda _, b, __: (b / 0, b.norm()))
+    run("trpo", "--run-dir", tmp_path / "r", "--total-timesteps", 256)
+    assert all(line["losses/rejected_steps"] == 1 for line in training(tmp_path / "r"))
+    assert all(x.isfinite().all() for x in checkpoint(tmp_path / "r")["actor"].values())
+
+
 def test_natural_policy_gradient(tmp_path):
     """Without the line search the first step is taken; --npg-step fixes its size."""
     run("trpo", "--run-dir", tmp_path / "a", "--no-line-search", "--max-kl", 0.5)
