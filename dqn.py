@@ -453,7 +453,7 @@ def due(step: int, frequency: int) -> bool:
 
 def make_q_network(args: Args, obs_shape: tuple[int, ...], num_actions: int) -> nn.Module:
     """The network for what is observed, in the precision that was asked for."""
-    torch.set_float32_matmul_precision("highest" if args.precision == "highest" else "medium")
+    torch.set_float32_matmul_precision("medium" if args.precision == "medium" else "highest")
     if args.atari:
         return AtariQNetwork(obs_shape, num_actions, args.precision == "bfloat16")
     return vector_q_network(obs_shape, num_actions)

@@ -193,7 +193,7 @@ def test_a_group_can_have_a_name(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "no suite nowhere: there are atari, classic, mujoco, pong, smoke"),
+        (["nowhere"], "no suite nowhere: there are atari, classic, mujoco, npg, pong, smoke"),
         (["SUITE", "--scripts", "sac2"], "--scripts sac2"),
         (["SUITE", "--scripts", "not_yet"], "there is no"),
         (["SUITE", "--env-ids", "NoSuchEnv-v0"], "NoSuchEnv"),
