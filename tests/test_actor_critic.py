@@ -372,3 +372,24 @@ def test_the_pendulum_swings_up(script, tmp_path):
     own = ["--alpha", 0.2] if script == "sac" else []
     run(script, *words.split(), *rates.split(), *own, "--run-dir", tmp_path / "r", quick=False)
     assert metrics(tmp_path / "r")[-1]["eval/episodic_return"] > -500
+
+
+@each
+def test_precision(script):
+    """bfloat16 in hidden layers alone; what comes out is float32. medium may round all products."""
+    module, values, seen = load(script), {}, []
+    obs, actions = torch.randn(64, 5), torch.rand(64, 2)
+    for precision in ("highest", "medium", "bfloat16"):
+        torch.manual_seed(0)
+        args = module.Args(precision=precision)
+        actor, critic, *_ = module.make_networks(args, 5, 2, torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == precision.replace("bfloat16", "highest")
+        for network in (actor, critic):
+            network.hidden.register_forward_hook(lambda *parts: seen.append(parts[-1].dtype))
+        outputs = actor(obs) if script == "ddpg" else actor(obs)[0]
+        values[precision] = torch.cat([outputs.flatten(), critic(obs, actions).flatten()])
+    torch.set_float32_matmul_precision("highest")
+    assert seen == [torch.float32] * 4 + [torch.bfloat16] * 2
+    assert all(x.dtype == torch.float32 for x in values.values())
+    torch.testing.assert_close(values["medium"], values["highest"], rtol=0, atol=0.01)
+    assert 1e-5 < (values["bfloat16"] - values["highest"]).abs().max() < 0.01
