@@ -308,7 +308,8 @@ def test_a_signal_that_is_delivered_twice(tmp_path, pause):
     time.sleep(pause)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
+    # Once Python has put its handlers away, the repeat ends the process: 143 to a shell, too.
+    assert process.returncode in (143, -signal.SIGTERM) and "--resume" in err, err
     assert checkpoint(folder)["global_step"] == metrics(folder)[-1]["global_step"]
 
 
