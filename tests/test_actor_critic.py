@@ -307,6 +307,36 @@ def test_targets_have_no_gradient_and_follow_by_tau(script, extra, tmp_path, mon
 
 
 @each
+def test_targets_come_from_the_target_networks(script, tmp_path, monkeypatch):
+    """Whatever was called last before a target was computed is what follows slowly."""
+    module, calls, before, targets = load(script), [], [], set()
+    names = ["DeterministicActor", "QCritic"] if script == "ddpg" else ["TwinCritic"]
+    for name in names:
+        forward = getattr(module, name).forward
+
+        def look(network, *given, forward=forward):
+            calls.append(id(network))
+            return forward(network, *given)
+
+        monkeypatch.setattr(getattr(module, name), "forward", look)
+    td_target, polyak = module.td_target, module.polyak_update
+
+    def look_at_target(*given):
+        before.append(calls[-len(names) :])
+        return td_target(*given)
+
+    def look_at_polyak(target, source, tau):
+        targets.add(id(target))
+        polyak(target, source, tau)
+
+    monkeypatch.setattr(module, "td_target", look_at_target)
+    monkeypatch.setattr(module, "polyak_update", look_at_polyak)
+    run(script, "--run-dir", tmp_path / "r")
+    assert len(before) > 50 and len(targets) == len(names)
+    assert all(set(ids) <= targets for ids in before)
+
+
+@each
 def test_the_actor_step_leaves_the_critics_gradients_alone(script, tmp_path, monkeypatch):
     """What the critic's optimizer saw is still there when the actor's steps."""
     step, seen = torch.optim.Adam.step, []
