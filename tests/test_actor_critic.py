@@ -109,6 +109,20 @@ def test_noise_restarts_where_an_episode_ended_and_is_saved(ddpg):
     assert (noise.values[1] == 0).all() and np.array_equal(noise.values[[0, 2]], before[[0, 2]])
 
 
+def test_the_noise_of_an_episode_ends_with_it(ddpg, tmp_path, monkeypatch):
+    """Episodes of 50 steps: the first noise of each is drawn as if from 0."""
+    starts, sample = [], ddpg.ActionNoise.sample
+
+    def look(noise, rng):
+        starts.append((noise.values == 0).all(1).tolist())
+        return sample(noise, rng)
+
+    monkeypatch.setattr(ddpg.ActionNoise, "sample", look)
+    run("ddpg", "--env-id", "probes:Fifty-v0", "--run-dir", tmp_path / "r", "--noise", "ou",
+        "--learning-starts", 0, "--total-timesteps", 384, "--env-kwargs", "{}")  # fmt: skip
+    assert starts == [[step % 50 == 0] * 2 for step in range(192)]
+
+
 # ---- Replay --------------------------------------------------------------------------------------
 
 
