@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, load, metrics, run, training
+from conftest import checkpoint, load, metrics, run, same, training
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 BOTH = ["ddpg", "sac"]
@@ -121,6 +121,18 @@ def test_the_noise_of_an_episode_ends_with_it(ddpg, tmp_path, monkeypatch):
     run("ddpg", "--env-id", "probes:Fifty-v0", "--run-dir", tmp_path / "r", "--noise", "ou",
         "--learning-starts", 0, "--total-timesteps", 384, "--env-kwargs", "{}")  # fmt: skip
     assert starts == [[step % 50 == 0] * 2 for step in range(192)]
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [("ddpg", ["--noise", "ou"]), ("sac", ["--value-network"]), ("sac", ["--no-autotune"])],
+)
+def test_a_resumed_run_ends_in_the_same_weights(script, flags, tmp_path):
+    """The general tests see to the defaults; these have a state of their own."""
+    run(script, "--run-dir", tmp_path / "whole", *flags)
+    run(script, "--run-dir", tmp_path / "cut", *flags, "--total-timesteps", 256)
+    run(script, "--resume", tmp_path / "cut", "--total-timesteps", 512, quick=False)
+    assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
 
 
 # ---- Replay --------------------------------------------------------------------------------------
