@@ -332,11 +332,17 @@ def test_targets_have_no_gradient_and_follow_by_tau(script, extra, tmp_path, mon
     assert set(calls) == {0.1}
 
 
-@each
-def test_targets_come_from_the_target_networks(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "script, names, flags",
+    [
+        ("ddpg", ["DeterministicActor", "QCritic"], []),
+        ("sac", ["TwinCritic"], []),
+        ("sac", ["ValueNetwork"], ["--value-network"]),
+    ],
+)
+def test_targets_come_from_the_target_networks(script, names, flags, tmp_path, monkeypatch):
     """Whatever was called last before a target was computed is what follows slowly."""
     module, calls, before, targets = load(script), [], [], set()
-    names = ["DeterministicActor", "QCritic"] if script == "ddpg" else ["TwinCritic"]
     for name in names:
         forward = getattr(module, name).forward
 
@@ -357,7 +363,7 @@ def test_targets_come_from_the_target_networks(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "td_target", look_at_target)
     monkeypatch.setattr(module, "polyak_update", look_at_polyak)
-    run(script, "--run-dir", tmp_path / "r")
+    run(script, "--run-dir", tmp_path / "r", *flags)
     assert len(before) > 50 and len(targets) == len(names)
     assert all(set(ids) <= targets for ids in before)
 
