@@ -1,0 +1,1209 @@
+"""Proximal Policy Optimization (PPO) for Atari games, complete in this one file.
+
+The PPO of `ppo_continuous.py` with what games need: one network that sees the last four frames and
+gives both the policy and the value, rewards clipped to their signs, and lives that end episodes.
+Schulman et al. 2017, arXiv:1707.06347; equation numbers are theirs.
+
+    for each iteration:
+        run the policy for num_steps in each of num_envs games                  (Algorithm 1)
+        delta_t = r_t + gamma V(s_t+1) - V(s_t)                                 (eq. 12)
+        A_t = delta_t + gamma lambda A_t+1, R_t = A_t + V(s_t)                  (eq. 11, recursive)
+        (no V(s_t+1) after a termination, no A_t+1 after the end of any episode)
+        for each epoch and each minibatch:
+            ratio = pi(a|s) / pi_old(a|s)                                       (section 3)
+            L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)           (eq. 7)
+            one Adam step on -L + c1 (V(s) - R)^2 / 2 - c2 entropy              (eq. 9)
+
+    python ppo_atari.py --env-id ALE/Pong-v5 --seed 1
+    torchrun --nproc-per-node 2 ppo_atari.py --env-id ALE/Pong-v5 --seed 1
+
+The second command trains the same agent with two processes. Each plays half of the games; the mean
+of their gradients is the gradient of the whole minibatch, so that, up to rounding, it is the run of
+the first command.
+
+Deviations from the paper:
+- Where a time limit ends an episode, the return continues with V of its last observation
+  (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
+- 4 epochs instead of 3, c1 of 1/2 instead of 1, and an epsilon that stays as it is, as in later
+  versions of OpenAI Baselines; the learning rate falls to 0 as in the paper.
+- Advantages are normalised, gradients clipped, weights orthogonal with a small last policy layer,
+  as in Baselines, too.
+- A minibatch is not drawn from single transitions: it has all games at some of the time steps, so
+  that it does not depend on which process plays which game.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Args:
+    # Algorithm
+    learning_rate: float = 2.5e-4
+    """Step size of Adam at the start."""
+    anneal_lr: bool = True
+    """Lower the learning rate linearly over the run, to 0 at its end."""
+    precision: Literal["highest", "medium", "bfloat16"] = "highest"
+    """Matrix products in float32 (highest), faster ones (medium), bfloat16 in Atari's network."""
+    gamma: float = 0.99
+    """Discount factor per environment step."""
+    gae_lambda: float = 0.95
+    """Lambda of the advantages: 0 is the TD error, 1 the Monte Carlo return (arXiv:1506.02438)."""
+    num_steps: Count = 128
+    """Steps of each environment per iteration."""
+    num_minibatches: Count = 4
+    """Minibatches per epoch; divides num_steps."""
+    update_epochs: Count = 4
+    """Passes over the rollout per iteration."""
+    norm_adv: bool = True
+    """Normalise advantages in each minibatch (arXiv:2006.05990, section 3.3: little effect)."""
+    clip_coef: float = 0.1
+    """Epsilon of the clipping: no further gain from a ratio outside [1 - epsilon, 1 + epsilon]."""
+    clip_vloss: bool = True
+    """Clip the value loss by --clip-coef too (arXiv:2006.05990, section 3.4: it hurts)."""
+    vf_coef: float = 0.5
+    """Weight c1 of the value loss, which is half the mean squared error."""
+    ent_coef: float = 0.01
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """Largest norm of the whole gradient; a longer gradient is scaled down to it."""
+
+    # Environment
+    env_id: str = "ALE/Pong-v5"
+    """Atari game, "ALE/Name-v5"."""
+    num_envs: Count = 8
+    """Environments stepped together; those of all processes of torchrun."""
+    env_kwargs: Json = field(default_factory=dict)
+    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
+    async_envs: bool = False
+    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
+    sticky_actions: float = 0.0
+    """Atari: probability that a frame repeats the last action. DQN papers: 0, Gymnasium: 0.25."""
+    clip_rewards: bool = True
+    """Atari: learn from rewards clipped to [-1, 1]; logged returns are the game's own."""
+    episodic_life: bool = True
+    """Atari: learn as if a lost life ended the episode; the game goes on."""
+    fire_reset: bool = True
+    """Atari: press FIRE at the start of a game, in games that wait for it."""
+
+    # Run
+    seed: Count = 1
+    """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
+    total_timesteps: Count = 10_000_000
+    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
+    run_dir: Text = None
+    """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the networks live. auto: a GPU if there is one; small networks run faster on a CPU."""
+    torch_threads: Count = 1
+    """CPU threads of torch; small networks gain nothing from a second one."""
+    compile: bool = False
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    track: bool = False
+    """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
+    wandb_project_name: str = "deep-rl"
+    """Weights & Biases project."""
+    wandb_entity: Text = None
+    """Weights & Biases team or user; by default your own."""
+    capture_video: bool = False
+    """Record the first episode of every evaluation in the run folder's videos/."""
+    checkpoint_frequency: Count = 100_000
+    """Environment steps between checkpoints, in whole iterations; 0: at the end and on a signal."""
+    resume: Text = None
+    """Run folder to continue from its checkpoint and with its arguments; exact on a CPU."""
+    evaluate: Text = None
+    """Run folder whose checkpoint to evaluate; trains nothing and writes nothing but videos."""
+    eval_frequency: Count = 0
+    """Environment steps between evaluations, in whole iterations; 0: only at the end."""
+    eval_episodes: Count = 10
+    """Whole episodes per evaluation, played with the deterministic policy."""
+
+    def __post_init__(self) -> None:
+        check_args(self)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+Policy = Tensor  # logits (..., num_actions)
+
+
+class AtariActorCritic(nn.Module):
+    """Policy and value, from stacked frames; all layers but the last ones are shared.
+
+    Shapes: obs (B, 4, 84, 84), grey levels from 0 to 255 -> logits (B, num_actions), values (B,).
+    """
+
+    def __init__(self, num_frames: int, num_actions: int, bfloat16: bool) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16  # in the hidden layers; the last ones need float32
+        self.hidden = nn.Sequential(
+            orthogonal(nn.Conv2d(num_frames, 32, 8, stride=4)), nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, 3)), nn.ReLU(),
+            nn.Flatten(), orthogonal(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
+        )
+        self.logits, self.value = linear(512, num_actions, 0.01), linear(512, 1, 1.0)
+        self.to(memory_format=torch.channels_last)  # convolutions are faster in this layout
+
+    def forward(self, obs: Tensor) -> tuple[Policy, Tensor]:
+        obs = obs.contiguous(memory_format=torch.channels_last) / 255
+        with torch.autocast("cuda" if obs.is_cuda else "cpu", torch.bfloat16, self.bfloat16):
+            hidden = self.hidden(obs)
+        hidden = hidden.float()
+        return self.logits(hidden), self.value(hidden).squeeze(-1)
+
+
+def linear(in_dim: int, out_dim: int, gain: float) -> nn.Linear:
+    """Linear layer with orthogonal weights of the given gain and zero bias."""
+    layer = nn.Linear(in_dim, out_dim)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def orthogonal(layer: nn.Module) -> nn.Module:
+    """The layer with orthogonal weights of gain sqrt(2) and zero bias."""
+    nn.init.orthogonal_(layer.weight, 2**0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ---- Mathematics of PPO --------------------------------------------------------------------------
+
+
+def categorical_log_prob(logits: Tensor, actions: Tensor) -> Tensor:
+    """Log-probability of actions. Shapes: logits (..., num_actions), actions (...) -> (...)."""
+    return logits.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+
+
+def categorical_entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats, for each observation. Shapes: (..., num_actions) -> (...)."""
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tensor, dones: Tensor,
+    gamma: float, gae_lambda: float,
+) -> Tensor:
+    """Generalised advantage estimates.
+
+    A termination removes the value of the next observation. Any end of an episode, also by a time
+    limit, cuts the recursion. next_values[t] is V of the observation that followed actions[t].
+
+    Shapes: all (T, N) -> (T, N). Source: Schulman et al. 2016, eq. 16; 2017, eq. 11 and 12.
+    """
+    td_errors = rewards + gamma * next_values.masked_fill(terminations > 0, 0) - values
+    decay = gamma * gae_lambda * (1 - dones)
+    advantages = torch.zeros_like(rewards)
+    next_advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        next_advantage = td_errors[t] + decay[t] * next_advantage
+        advantages[t] = next_advantage
+    return advantages
+
+
+def approximate_kl(log_ratio: Tensor) -> Tensor:
+    """KL(old, new) in nats, estimated from actions of the old policy. Unbiased, never negative.
+
+    log_ratio is log pi(a|s) - log pi_old(a|s); the gradient through it is unbiased as well.
+
+    Shapes: log_ratio (B,) -> (). Source: Schulman 2020, joschu.net/blog/kl-approx.html, k3.
+    """
+    return (log_ratio.exp() - 1 - log_ratio).mean()
+
+
+def ppo_policy_loss(
+    log_ratio: Tensor, advantages: Tensor, clip_coef: float, kl_coef: Tensor | None
+) -> Tensor:
+    """Minus PPO's objective for the policy: the clipped surrogate, less a penalty on the KL.
+
+    clip_coef = inf turns the clipping off, kl_coef = None the penalty.
+
+    Shapes: log_ratio, advantages (B,) -> (). Source: Schulman et al. 2017, eq. 7 and 8.
+    """
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    surrogate = torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    return -surrogate if kl_coef is None else -surrogate + kl_coef * approximate_kl(log_ratio)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
+    """Half the mean squared error; with a finite clip_coef the worse of it and its clipped form.
+
+    Shapes: values, old_values, returns (B,) -> (). Source: Engstrom et al. 2020, section 3.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((values - returns).square(), (clipped - returns).square()).mean()
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """Share of the returns' variance that values predict, at most 1. Shapes: (...) -> ()."""
+    return 1 - (returns - values).var(correction=0) / returns.var(correction=0)
+
+
+# ---- Buffer and training -------------------------------------------------------------------------
+
+
+def stack_steps(steps: list[tuple], device: torch.device) -> list[Tensor]:
+    """Tensors (T, num_envs, ...) from T tuples of arrays (num_envs, ...); booleans as 0 and 1."""
+    stacked = [torch.stack([torch.as_tensor(x) for x in part]) for part in zip(*steps, strict=True)]
+    to_float32 = (torch.float64, torch.bool)
+    return [x.to(device, torch.float32 if x.dtype in to_float32 else x.dtype) for x in stacked]
+
+
+def train(args: Args) -> None:
+    # Setup
+    join_processes(args)
+    device, rng = setup(args)
+    envs = make_envs(args)
+    torch.manual_seed(args.seed)  # for the initial weights; everything else draws from rng
+    torch.set_float32_matmul_precision("medium" if args.precision == "medium" else "highest")
+    num_frames, num_actions = envs.single_observation_space.shape[0], envs.single_action_space.n
+    agent = AtariActorCritic(num_frames, int(num_actions), args.precision == "bfloat16").to(device)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    value_clip = args.clip_coef if args.clip_vloss else math.inf
+    mine = my_games(args)  # other processes play the others
+
+    def forward(obs: Tensor) -> tuple[Tensor, Tensor]:
+        return agent(obs)
+
+    @torch.no_grad()
+    def deterministic_policy(obs: np.ndarray) -> np.ndarray:
+        logits, _ = agent(torch.from_numpy(obs[None]).to(device))
+        return logits.argmax(-1).cpu().numpy()[0]
+
+    def gradient_step(obs, actions, old_log_probs, advantages, returns, old_values):
+        """Compute the gradients for the next step of the optimizer, of this process's games."""
+        logits, values = agent(obs)
+        log_ratio = categorical_log_prob(logits, actions) - old_log_probs
+        assert log_ratio.shape == values.shape == advantages.shape == returns.shape
+        policy_loss = ppo_policy_loss(log_ratio, advantages, args.clip_coef, None)  # eq. 7
+        critic_loss = value_loss(values, old_values, returns, value_clip)
+        entropy = categorical_entropy(logits).mean()
+        loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # eq. 9
+        loss.backward()
+        clipped = (log_ratio.exp() - 1).abs() > args.clip_coef
+        return {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": critic_loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/approx_kl": approximate_kl(log_ratio.detach()),
+            "losses/clipfrac": clipped.float().mean(),
+        }
+
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
+        gradient_step = torch.compile(gradient_step, fullgraph=True)
+        forward = torch.compile(forward, fullgraph=True)
+    state = {"agent": agent, "optimizer": optimizer, "rng": rng}
+    run = make_run(args, device, envs, state, deterministic_policy)
+    global_step = run.restore() if args.resume or args.evaluate else 0
+    if args.evaluate:
+        run.finish()
+        return
+    run.begin()
+    obs, lives = np.stack(envs.get_attr("obs")), np.array(envs.get_attr("lives"))
+
+    while global_step < args.total_timesteps:
+        remaining = 1 - global_step / args.total_timesteps
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        steps = []
+        for _ in range(args.num_steps):
+            # 1. Act
+            with torch.no_grad():
+                logits, values = forward(torch.from_numpy(obs).to(device))
+                noise = rng.gumbel(size=(args.num_envs, num_actions))[mine]  # Gumbel's trick:
+                actions = (logits + torch.from_numpy(noise).to(logits)).argmax(-1)  # pi(a|s)
+                log_probs = categorical_log_prob(logits, actions)
+
+            # 2. Step the environments
+            last_obs = obs
+            obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+            global_step += args.num_envs
+            dones = terminations | truncations
+            cut_values = torch.zeros_like(values)  # V where a time limit has cut an episode
+            if dones.any():
+                ended = infos["final_info"]
+                run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
+            if truncations.any():  # obs is already the next episode's first there
+                final_obs = np.stack(infos["final_obs"][truncations])
+                with torch.no_grad():
+                    cut_values[truncations] = agent(torch.from_numpy(final_obs).to(device))[1]
+            if args.clip_rewards:  # to learn from; logged returns are the game's
+                rewards = rewards.clip(-1, 1)
+            if args.episodic_life:
+                last_lives, lives = lives, np.array(envs.get_attr("lives"))
+                terminations = terminations | ((lives < last_lives) & ~dones)
+            ends = terminations | truncations
+            step = last_obs, actions, log_probs, values, rewards, terminations, ends, cut_values
+            steps.append(step)
+
+        # 3. Targets
+        stacked = stack_steps(steps, device)
+        observed, actions, log_probs, values, rewards, terminations, dones, cut_values = stacked
+        with torch.no_grad():
+            _, last_values = forward(torch.from_numpy(obs).to(device))
+        next_values = torch.cat([values[1:], last_values[None]])  # V(s_t+1)
+        next_values = torch.where(dones > 0, cut_values, next_values)
+        advantages = compute_gae(  # eq. 11, 12
+            rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
+        )
+        returns = advantages + values
+        metrics = {
+            "losses/values": values.mean(),
+            "losses/explained_variance": explained_variance(values, returns),
+        }
+
+        # 4. Update
+        batch = observed, actions, log_probs, advantages, returns, values
+        for _ in range(args.update_epochs):
+            times = rng.permutation(args.num_steps).reshape(args.num_minibatches, -1)
+            minibatch_metrics = []  # of the last epoch, while the policy changes
+            for t in times:
+                minibatch = [x[t].flatten(0, 1) for x in batch]
+                if args.norm_adv:
+                    minibatch[3] = normalize(minibatch[3])
+                optimizer.zero_grad()
+                step_metrics = gradient_step(*minibatch)
+                average_over_processes([x.grad for x in parameters])
+                norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                minibatch_metrics.append(step_metrics | {"losses/grad_norm": norm})
+        for name in step_metrics:
+            metrics[name] = torch.stack([x[name] for x in minibatch_metrics]).mean()
+
+        # 5. Log, checkpoint, evaluate
+        average_over_processes(list(metrics.values()))
+        metrics = {name: x.item() for name, x in metrics.items()}
+        metrics["charts/learning_rate"] = learning_rate
+        run.end_iteration(global_step, metrics)
+    run.finish()
+
+
+def check_args(args: Args) -> None:
+    """Raises: ValueError for values that make no sense."""
+    check_run_args(args)
+    require(args, "num_steps num_minibatches update_epochs", lambda x: x >= 1, "at least 1")
+    require(args, "gamma gae_lambda sticky_actions", lambda x: 0 <= x <= 1, "between 0 and 1")
+    positive = "learning_rate clip_coef max_grad_norm"
+    require(args, positive, lambda x: 0 < x < math.inf, "above 0")
+    require(args, "vf_coef ent_coef", lambda x: 0 <= x < math.inf, "0 or more")
+    divides = f"a divisor of num_steps = {args.num_steps}"
+    require(args, "num_minibatches", lambda x: args.num_steps % x == 0, divides)
+
+
+# ---- Environments --------------------------------------------------------------------------------
+
+
+def make_envs(args: Args) -> VectorEnv:
+    """The games of this process. One whose episode ends is reset in the same step."""
+
+    def env_fn() -> gym.Env:
+        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+        return make_env(args)
+
+    apart = args.async_envs and not args.evaluate
+    if apart:  # the signal with which Python ends its children would not end them
+        atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
+    seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
+    seeds = [int(seed) for seed in seeds[my_games(args)]]
+    vector_env = AsyncVectorEnv if apart else ParallelGames
+    envs = vector_env([env_fn] * len(seeds), autoreset_mode=AutoresetMode.SAME_STEP)
+    atexit.register(close, envs)
+    envs.reset(seed=seeds)
+    return envs
+
+
+class ParallelGames(SyncVectorEnv):
+    """Games that step at the same time, each in a thread of its own."""
+
+    def step(self, actions: np.ndarray) -> tuple:
+        for env, action in zip(self.envs, actions, strict=True):
+            env.unwrapped.send(action)
+        return super().step(actions)
+
+
+class AtariGame(gym.Env):
+    """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
+
+    Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
+    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops. `lives` counts those left.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
+
+    def __init__(self, args: Args, render_mode: str | None) -> None:
+        from ale_py.vector_env import AtariVectorEnv
+
+        options = {"reward_clipping": False, "repeat_action_probability": args.sticky_actions}
+        game = gym.spec(args.env_id).kwargs["game"]
+        self.game = AtariVectorEnv(game, num_envs=1, num_threads=1, **options, **args.env_kwargs)
+        self.observation_space = self.game.single_observation_space
+        self.action_space, self.render_mode = self.game.single_action_space, render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        obs, info = self.game.reset(seed=seed)
+        self.frames, self.lives = obs[0], int(info["lives"][0])
+        self.begun = False
+        return self.frames, {}
+
+    def send(self, action: np.ndarray) -> None:
+        """Begin a step; `step` waits for its end."""
+        self.game.send(np.array([action]))
+        self.begun = True
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        if not self.begun:
+            self.send(action)
+        self.begun = False
+        obs, rewards, terminations, truncations, info = self.game.recv()
+        self.frames, self.lives = obs[0], int(info["lives"][0])
+        return self.frames, float(rewards[0]), bool(terminations[0]), bool(truncations[0]), {}
+
+    def render(self) -> np.ndarray:
+        return np.repeat(self.frames[-1][:, :, None], 3, axis=2)
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One game."""
+    with making(args):
+        __import__("ale_py")  # registers the games
+        name = args.env_id.removeprefix("ALE/").split("NoFrameskip")[0].split("-v")[0]
+        if not args.env_id.startswith("ALE/"):
+            hint = f", this game is ALE/{name}-v5" if f"ALE/{name}-v5" in gym.registry else ""
+            raise gym.error.NameNotFound(f"needs an Atari game, ALE/Name-v5{hint}")
+        fire_reset = {"use_fire_reset": args.fire_reset}
+        game_args = dataclasses.replace(args, env_kwargs=fire_reset | args.env_kwargs)
+        return ReplayableEnv(AtariGame(game_args, render_mode))
+
+
+# ---- Run infrastructure: the same bytes in every script ------------------------------------------
+
+SCRIPT = Path(__file__).resolve()
+SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
+LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
+
+
+def parse_count(text: str) -> int:
+    """Read a whole number that may be written 1000000, 1_000_000 or 1e6."""
+    if not float(text).is_integer():
+        raise ValueError(f"not a whole number: {text}")
+    return int(float(text)) if "e" in text.lower() or "." in text else int(text)
+
+
+def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
+    """Annotation of a flag that is read by `parse` and printed by `show`."""
+    return Annotated[
+        kind,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+        ),
+    ]
+
+
+Count = flag_type(int, "INT", parse_count, "{:_}".format)
+Json = flag_type(dict, "JSON", json.loads, json.dumps)
+Text = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+
+
+def require(args: Any, names: str, allowed: Callable[[Any], bool], text: str) -> None:
+    """Check fields of the arguments. Raises: ValueError, which tyro reports with exit code 2."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not allowed(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be {text}, got {value}")
+
+
+def check_run_args(args: Any) -> None:
+    """Check the arguments that every script has. Raises: ValueError."""
+    counts = "total_timesteps num_envs eval_episodes torch_threads"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
+    require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
+    require(args, "env_kwargs", lambda x: isinstance(x, dict), "a JSON object")
+    require(args, "resume evaluate", lambda x: x != "", "the path of a run folder")
+    require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
+
+
+def parse_args(args_class: type) -> Any:
+    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
+    args = tyro.cli(args_class, default=args_class())
+    flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
+    if folder is None:  # again, as defaults may depend on the environment
+        return tyro.cli(args_class, default=args_class(env_id=args.env_id))
+    try:
+        about = json.loads(Path(folder, "args.json").read_text())
+        if about["script"] != SCRIPT.name:
+            stop(f"error: {flag} {folder}: a run of {about['script']}: use that script")
+        if about["sha256"] != SHA256:
+            warn(f"{SCRIPT.name} has changed since {folder} began")
+        names = {field.name for field in fields(args_class)} & about["args"].keys()
+        here = {"run_dir": folder, "resume": args.resume, "evaluate": args.evaluate}
+        old = args_class(**{name: about["args"][name] for name in names} | here)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        stop(f"error: {flag} {folder}: not a complete run folder: {error!r}")
+    args = tyro.cli(args_class, default=old)
+    free = "device torch_threads track capture_video eval_episodes "
+    free += "eval_frequency checkpoint_frequency total_timesteps" if args.resume else "seed"
+    for name, was in asdict(old).items():
+        now = getattr(args, name)
+        if now != was and (name not in free.split() or (name == "total_timesteps" and now < was)):
+            name = name.replace("_", "-")
+            stop(f"error: {flag} {folder}: --{name} is {was} there and cannot become {now}")
+    if args.total_timesteps > old.total_timesteps:
+        warn("schedules, such as that of the learning rate, jump: they end at the new total")
+    return args
+
+
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+        tqdm.write(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def setup(args: Any) -> tuple[torch.device, Rng]:
+    """Set the number of threads. Returns the device and the generator of this run."""
+    found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    if args.device not in ["auto", *found]:
+        stop(f"error: --device {args.device}: torch finds none here; use auto or cpu")
+    device = torch.device(found[0] if args.device == "auto" else args.device)
+    compiles = args.compile and not args.evaluate and device.type == "cpu"
+    if compiles and not shutil.which(os.environ.get("CXX", "g++")):
+        stop("error: --compile needs a C++ compiler, such as g++, and found none")
+    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a display
+    sys.path.append("")  # so that "module:Name-v0" is found in the working directory, too
+    torch.set_num_threads(args.torch_threads)
+    return device, Rng(np.random.PCG64(args.seed))
+
+
+class Rng(np.random.Generator):
+    """The run's own random numbers; an environment may seed or use NumPy's global ones."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.bit_generator.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bit_generator.state = state
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Which code runs, and on what."""
+    names = [x for x in ("torch", "gymnasium", "numpy", "mujoco") if x in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in names}
+    about = {"script": SCRIPT.name, "sha256": SHA256, "git": None, "device": str(device)}
+    with contextlib.suppress(OSError):  # without git, the commit is None
+        git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "HEAD"]
+        about["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return about | {"versions": versions | {"python": sys.version.split()[0]}}
+
+
+@contextlib.contextmanager
+def making(args: Any) -> Iterator[None]:
+    """Turn what keeps an environment from being made into a one-line exit."""
+    try:
+        yield
+    except Exception as error:  # environments refuse --env-kwargs in many ways
+        if not args.env_kwargs and not isinstance(error, gym.error.Error | ImportError):
+            raise
+        kwargs = f" --env-kwargs '{json.dumps(args.env_kwargs)}'" if args.env_kwargs else ""
+        stop(f"error: --env-id {args.env_id}{kwargs}: {str(error) or repr(error)}")
+
+
+def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
+    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
+    numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
+    parts = {"it": space}
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts = dict(space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space))
+    for key, part in parts.items():
+        if not isinstance(part, numbers) or len(part.shape) > 2:
+            stop(f"error: --env-id {args.env_id}: needs vectors to observe, but {key} is {part}")
+    is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if is_vector else gym.wrappers.FlattenObservation(env)
+
+
+class ReplayableEnv(gym.Wrapper):
+    """An environment that is saved as the seed of its current episode and the actions since.
+
+    Restoring repeats the actions, which is exact if reset(seed) determines the episode; if it comes
+    out different, a new one starts. `info` holds return and length on an episode's last step.
+    """
+
+    SAVED = ("seed", "episode", "length", "episodic_return", "actions", "obs")
+    lost_episode = False  # whether the last restoring came out different
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        if seed is not None:
+            self.seed, self.episode = seed, 0
+        episode_seed = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
+        obs, _ = self.env.reset(seed=int(episode_seed) // 2, options=options)  # below 2**31
+        self.episode += 1
+        self.actions, self.length = [], 0
+        self.episodic_return = 0.0
+        self.obs = np.array(obs)
+        return self.obs, {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        if self.length < LONGEST_EPISODE:
+            self.actions.append(np.array(action))  # a copy: some environments change their action
+        obs, reward, termination, truncation, _ = self.env.step(action)
+        reward = np.asarray(reward).item()  # some environments return an array of one number
+        self.obs = np.array(obs)
+        self.length += 1
+        self.episodic_return += float(reward)
+        if not (termination or truncation):
+            return self.obs, reward, termination, truncation, {}
+        if not (math.isfinite(self.episodic_return) and np.isfinite(self.obs).all()):
+            warn("the environment sent a reward or an observation that is not finite")
+        ended = {"return": self.episodic_return, "length": self.length}
+        return self.obs, reward, termination, truncation, ended
+
+    @property
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """What restores the environment; setting it does so."""
+        return {name: np.array(getattr(self, name)) for name in self.SAVED}
+
+    @snapshot.setter
+    def snapshot(self, saved: dict[str, np.ndarray]) -> None:
+        self.seed, self.episode = int(saved["seed"]), int(saved["episode"]) - 1
+        self.lost_episode = True
+        with contextlib.suppress(Exception):  # an episode that differs may raise anything
+            self.reset()
+            for action in saved["actions"].copy():  # some environments change their action
+                self.step(action)
+            now = self.snapshot
+            same = (np.array_equal(now[x], saved[x], equal_nan=True) for x in self.SAVED)
+            self.lost_episode = not all(same)
+        if self.lost_episode:
+            warn("environment not restored, a new episode starts")
+            self.reset()
+
+
+def close(envs: gym.Env | VectorEnv) -> None:
+    """Close environments, once. An error in that costs a line, not the run."""
+    if not getattr(envs, "closed", False):
+        for env in getattr(envs, "envs", [envs]):
+            try:  # without waiting for a process that is dead or in the middle of a step
+                env.close(**({"timeout": 0} if hasattr(env, "processes") else {}))
+            except Exception as error:
+                warn(f"an environment could not be closed: {error!r}")
+        envs.closed = True  # so that neither Gymnasium nor the end of the process does it again
+
+
+class Run:
+    """A run and its folder. Knows nothing of the algorithm.
+
+    `state` names everything else that must survive a kill; each part has state_dict() and
+    load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
+    `policy` maps one observation to the deterministic action.
+    """
+
+    SAVED = ("global_step", "wall_time", "eval_due", "wandb_id")
+    TRAINING_ONLY = ("optimizer", "buffer", "rng")
+
+    def __init__(self, args: Any, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
+        self.args, self.device = args, device
+        self.envs, self.state = envs, state
+        self.policy = policy
+        name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
+        self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
+        self.eval_due = False  # whether an evaluation at this step is still to come
+        self.lost_episodes = np.zeros(args.num_envs, np.bool_)  # by environments, in restore
+        self.wandb, self.wandb_id = None, None
+        self.episodes = []  # (return, length) of those that ended since the last line of metrics
+        self.recent_return = "no episode yet"
+        self.result = {}  # the last evaluation, if nothing was learned since
+        self.bar, self.last_line = tqdm(disable=True), 0.0
+        self.signal, self.signal_time = 0, 0.0
+        self.refuse_what_would_fail()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    @property
+    def finished(self) -> bool:
+        return self.global_step >= self.args.total_timesteps
+
+    def again(self, flag: str = "--resume") -> str:
+        """A command that can be pasted anywhere."""
+        return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
+
+    def refuse_what_would_fail(self) -> None:
+        """Report the user's mistakes that can be seen before any file is written."""
+        new = self.args.run_dir and not self.args.resume and not self.args.evaluate
+        if new and (self.dir / "args.json").exists():
+            stop(f"error: --run-dir {self.dir} holds a run: name another, or --resume {self.dir}")
+        tracks = self.args.track and not self.args.evaluate
+        if tracks and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+            stop("error: --track needs wandb: pip install wandb, or leave it out")
+        if self.args.capture_video:
+            try:
+                import moviepy  # noqa: F401  RecordVideo needs it
+                with contextlib.closing(make_env(self.args, "rgb_array")) as env:
+                    env.reset(seed=0)
+                    frame, rate = env.render(), env.metadata.get("render_fps", 30)
+                if np.ndim(frame) != 3 or not rate:
+                    raise ValueError(f"{rate} frames per second, shape {np.shape(frame)}")
+            except Exception as error:  # each renderer raises its own
+                stop(f"error: --capture-video: cannot render {self.args.env_id} here: {error!r}")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn a write error into a one-line exit; complete files stay intact."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
+            way_out = f"make room, then {self.again()}, or name another --run-dir"
+            stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
+
+    def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+        """Write a file so that a kill at any instant leaves the old one or the new one."""
+        temporary = self.dir / f"{name}.tmp"
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.dir / name)
+
+    def begin(self) -> None:
+        """Start the clock, the run folder, wandb and the progress bar."""
+        self.start_time = time.time() - self.wall_time
+        with self.writing():
+            self.claim_folder()
+            self.open_folder()
+        if self.args.track:
+            self.start_wandb()
+        saved = [x for x in self.state.values() if isinstance(x, nn.Module)]
+        saved = {id(weight) for module in saved for weight in module.parameters()}
+        groups = [group for x in self.state.values() for group in getattr(x, "param_groups", ())]
+        if any(id(weight) not in saved for group in groups for weight in group["params"]):
+            warn("a network that is trained is not in `state`: a resume would lose it")
+        total, begun = self.args.total_timesteps, self.global_step
+        self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
+        if self.eval_due and not self.result:
+            self.evaluate()
+            self.stop_if_asked()
+
+    def claim_folder(self) -> None:
+        """Make the folder, if that is left to do, and keep other processes from training in it."""
+        name, tries = self.dir.name, 1
+        while tries:
+            try:
+                self.dir.mkdir(parents=True, exist_ok=self.args.run_dir is not None)
+                tries = 0
+            except FileExistsError:
+                if self.args.run_dir or not self.dir.exists():  # a link that leads nowhere
+                    raise
+                tries += 1
+                self.dir = self.dir.with_name(f"{name}__{tries}")  # begun in the same second
+        held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
+        self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
+        LOCKS[self.dir.resolve()] = self.script
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+            if held:
+                fcntl.flock(held, fcntl.LOCK_UN)
+            try:
+                fcntl.flock(self.script, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stop(f"error: --run-dir {self.dir}: another process trains in it")
+
+    def open_folder(self) -> None:
+        """Begin the files of a new run, or cut a resumed one's metrics back to its checkpoint."""
+        about, lines = describe(self.device), []
+        if self.args.resume:
+            about = json.loads((self.dir / "args.json").read_text())
+            with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: half a last line
+                for text in (self.dir / "metrics.jsonl").read_text().splitlines():
+                    lines.append(json.loads(text))
+        lines = [line for line in lines if line["global_step"] <= self.global_step]
+        last = lines[-1] if lines else {}
+        if last.get("eval/episodes") == self.args.eval_episodes:
+            names = ("eval/episodic_return", "eval/episodic_return_std", "eval/episodes")
+            self.result = {name: last.get(name, math.nan) for name in names}
+        about["args"] = asdict(self.args) | {"resume": None, "evaluate": None}
+        metrics = "".join(json.dumps(line) + "\n" for line in lines)
+        if not self.args.resume and not SCRIPT.samefile(self.dir / SCRIPT.name):
+            self.script.truncate(0)
+            self.script.write(SCRIPT.read_bytes())
+            self.script.flush()
+        self.write_whole("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+        self.write_whole("metrics.jsonl", lambda file: file.write(metrics.encode()))
+
+    def start_wandb(self) -> None:
+        """Log online where a key and the network allow it, otherwise offline; never ask."""
+        import wandb
+        os.environ["WANDB_CACHE_DIR"] = os.environ["WANDB_DATA_DIR"] = str(self.dir.resolve())
+        args, settings = self.args, wandb.Settings(silent=True, console="off", x_disable_stats=True)
+        for mode in (os.environ.get("WANDB_MODE", "online"), "offline"):
+            with contextlib.suppress(wandb.Error):  # no network, a wrong key, an unknown entity
+                if mode != "online" or wandb.login(prompt=False):
+                    self.wandb_id = self.wandb_id or os.urandom(4).hex()
+                    self.wandb = wandb.init(
+                        project=args.wandb_project_name, entity=args.wandb_entity, mode=mode,
+                        name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", dir=self.dir,
+                        id=self.wandb_id, resume="allow", config=asdict(args), settings=settings,
+                    )
+                    break
+        if mode == "offline":
+            tqdm.write(f"offline; later: wandb sync {self.dir}/wandb/offline-run-*", sys.stderr)
+        self.wandb.define_metric("global_step")
+        self.wandb.define_metric("*", step_metric="global_step")
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        if self.signal and time.monotonic() > self.signal_time + 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
+
+    def stop_if_asked(self, flag: str = "--resume") -> None:
+        """End here if a signal came."""
+        if self.signal:
+            self.bar.close()
+            stop(f"stopped; go on: {self.again(flag)}", 128 + self.signal)
+
+    def save_checkpoint(self) -> None:
+        checkpoint = {name: part.state_dict() for name, part in self.state.items()}
+        snapshots = self.envs.get_attr("snapshot")
+        checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
+        checkpoint |= {name: getattr(self, name) for name in self.SAVED}
+        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
+        with self.writing():
+            self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+    def restore(self) -> int:
+        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
+        path = self.dir / "checkpoint.pt"
+        if self.args.resume and not path.exists():
+            return 0  # killed before its first checkpoint
+        try:  # mmap: a replay memory is copied from the file, and never twice in memory
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for name, part in self.state.items():
+                if self.args.resume or not name.endswith(self.TRAINING_ONLY):
+                    part.load_state_dict(checkpoint[name])
+            vars(self).update({name: checkpoint[name] for name in self.SAVED})
+            if self.args.resume:
+                torch.set_rng_state(checkpoint["torch_rng"].clone())
+                snapshots = [{k: x.numpy() for k, x in s.items()} for s in checkpoint["envs"]]
+                self.envs.set_attr("snapshot", snapshots)
+                self.lost_episodes[:] = self.envs.get_attr("lost_episode")
+        except Exception as error:  # a damaged file can raise anything
+            stop(f"error: {path} is no checkpoint of this run: {error!r:.200}")
+        return self.global_step
+
+    def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
+        """Log; save and evaluate where it is due; end the run if a signal asked for it."""
+        previous, self.global_step = self.global_step, global_step
+
+        def passed(frequency: int) -> bool:
+            return frequency > 0 and global_step // frequency > previous // frequency
+
+        self.stop_unless_finite(metrics)
+        if self.episodes:
+            mean_return, mean_length = np.mean(self.episodes, axis=0).tolist()
+            metrics["charts/episodic_return"] = mean_return
+            metrics["charts/episodic_length"] = mean_length
+            metrics["charts/episodes"] = len(self.episodes)
+            self.recent_return = f"return {mean_return:.1f}"
+            self.episodes = []
+        self.wall_time = time.time() - self.start_time
+        metrics["charts/SPS"] = global_step / self.wall_time
+        self.write_metrics(metrics)
+        self.result = {}
+        self.eval_due = passed(self.args.eval_frequency) and not self.finished
+        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        if saved := bool(due or self.signal):
+            self.save_checkpoint()  # first, as evaluations take long and environments fail
+        self.show_progress(metrics["charts/SPS"])
+        if self.eval_due:
+            self.evaluate()
+        if saved and not self.finished:
+            self.stop_if_asked()
+
+    def stop_unless_finite(self, metrics: dict[str, float]) -> None:
+        """A NaN or infinity ends the run while its last checkpoint is still good."""
+        bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
+        for name, part in self.state.items():
+            if not name.endswith(self.TRAINING_ONLY):
+                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
+                bad += [name for tensor in tensors if not tensor.isfinite().all()]
+        if bad:
+            kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
+            stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        line = {"global_step": self.global_step, "wall_time": self.wall_time}
+        line |= {name: value for name, value in metrics.items() if math.isfinite(value)}
+        with self.writing(), open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log(line)
+
+    def show_progress(self, speed: float) -> None:
+        step, total = self.global_step, max(self.args.total_timesteps, self.global_step)
+        self.bar.set_postfix_str(self.recent_return, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.time() > self.last_line + 10:
+            self.last_line = time.time()
+            times = f"{speed:.0f}/s, {(total - step) / speed:.0f} s left"
+            with contextlib.suppress(OSError):
+                print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)
+
+    def evaluate(self) -> None:
+        """Play whole episodes, each time from the same seed, and log them unless a signal came."""
+        before, video = torch.get_rng_state(), self.args.capture_video
+        env = make_env(self.args, "rgb_array" if video else None)
+        if video:
+            folder, name = str(self.dir / "videos"), f"step-{self.global_step}"
+            gym.logger.min_level = gym.logger.ERROR  # RecordVideo warns of videos already there
+            env = gym.wrappers.RecordVideo(
+                env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True
+            )
+        seed = int(np.random.SeedSequence([self.args.seed, 1]).generate_state(1)[0])
+        returns = []
+        try:
+            while len(returns) < self.args.eval_episodes and not self.signal:
+                obs, _ = env.reset(seed=None if returns else seed)
+                returns.append(0.0)
+                for _ in range(LONGEST_EPISODE):
+                    obs, reward, termination, truncation, _ = env.step(self.policy(obs))
+                    returns[-1] += float(reward)
+                    if termination or truncation or self.signal:
+                        break
+        finally:
+            close(env)
+        torch.set_rng_state(before)
+        if self.signal:
+            return
+        if video and self.wandb:
+            from wandb import Video
+            clip = Video(f"{folder}/{name}-episode-0.mp4", format="mp4")
+            self.wandb.log({"global_step": self.global_step, "eval/video": clip})
+        self.result = {"eval/episodic_return": np.mean(returns)}
+        self.result |= {"eval/episodic_return_std": np.std(returns), "eval/episodes": len(returns)}
+        if not self.args.evaluate:
+            self.write_metrics(self.result)
+
+    def finish(self) -> None:
+        """Evaluate, unless that is done, and print the result as the last line of stdout."""
+        if not self.result:
+            self.evaluate()
+            self.stop_if_asked("--evaluate" if self.args.evaluate else "--resume")
+        mean, std, episodes = self.result.values()
+        self.bar.close()
+        result = f"eval mean_return={mean:.4f} std={std:.4f} episodes={episodes}"
+        print(f"{result} global_step={self.global_step} run_dir={self.dir}", flush=True)
+        close(self.envs)
+
+
+# ---- Several processes, which torchrun has started -----------------------------------------------
+
+
+def join_processes(args: Args) -> None:
+    """Join the other processes of this run, if there are any. The first one speaks for all."""
+    if not dist.is_torchelastic_launched():
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+    if args.evaluate:
+        sys.exit() if rank > 0 else None
+        return
+    if args.num_envs % world_size:
+        stop(f"error: --num-envs {args.num_envs}: must be a multiple of {world_size} processes")
+    if torch.cuda.is_available() and args.device in ("auto", "cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group(timeout=datetime.timedelta(days=7))  # evaluations may take long
+
+
+def my_games(args: Args) -> slice:
+    """Which of the num_envs games this process plays."""
+    if not dist.is_initialized():
+        return slice(None)
+    share = args.num_envs // dist.get_world_size()
+    return slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What needs all processes: turn the end of another one into a one-line exit."""
+    try:
+        yield
+    except RuntimeError as error:
+        stop(f"error: another process of this run has ended; use --resume: {error!r:.100}", 1)
+
+
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Replace tensors by their means over all processes."""
+    if dist.is_initialized():
+        flat = torch.cat([x.flatten() for x in tensors])
+        with together():
+            dist.all_reduce(flat)
+        means = (flat / dist.get_world_size()).split([x.numel() for x in tensors])
+        for x, mean in zip(tensors, means, strict=True):
+            x.copy_(mean.view(x.shape))
+
+
+def normalize(advantages: Tensor) -> Tensor:
+    """Subtract the mean, divide by the std, over all processes. Shapes: (B,) -> (B,)."""
+    mean = advantages.mean()
+    average_over_processes([mean])
+    variance = (advantages - mean).square().mean()
+    average_over_processes([variance])
+    return (advantages - mean) / (variance.sqrt() + 1e-8)
+
+
+def from_first(value: Any = None) -> Any:
+    """The value of the first process, in all processes."""
+    values = [value]
+    with together():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def to_first(value: Any) -> list[Any]:
+    """The values of all processes, in the first process."""
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    with together():
+        dist.gather_object(value, values)
+    return values
+
+
+class AllGames:
+    """The games of all processes, which the first one saves and restores."""
+
+    def __init__(self, envs: VectorEnv) -> None:
+        self.mine = envs
+
+    def get_attr(self, name: str) -> list[Any]:
+        from_first((name, None))
+        return [value for values in to_first(self.mine.get_attr(name)) for value in values]
+
+    def set_attr(self, name: str, values: list[Any]) -> None:
+        from_first((name, values))
+        self.mine.set_attr(name, values[: self.mine.num_envs])
+
+    def close(self) -> None:
+        close(self.mine)
+
+
+class LeadingRun(Run):
+    """The run in the first process, which alone writes, prints and evaluates."""
+
+    def __init__(self, args: Args, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
+        super().__init__(args, device, AllGames(envs), state, policy)
+
+    def restore(self) -> int:
+        super().restore()
+        from_first(None)
+        return from_first(self.global_step)
+
+    def begin(self) -> None:
+        super().begin()
+        from_first({name: part.state_dict() for name, part in self.state.items()})
+
+    def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
+        found = to_first((self.episodes, self.signal))
+        self.episodes = [episode for episodes, _ in found for episode in episodes]
+        self.signal = self.signal or max(number for _, number in found)
+        super().end_iteration(global_step, metrics)
+        from_first(None)
+
+
+class FollowingRun:
+    """The run in any other process, which does what the first one asks for."""
+
+    def __init__(self, args: Args, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
+        self.args, self.envs, self.state = args, envs, state
+        self.episodes, self.signal = [], 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        self.signal = number
+
+    def obey(self) -> None:
+        """Give and take attributes of the games until the first process goes on."""
+        while (order := from_first()) is not None:
+            name, values = order
+            if values is None:
+                to_first(self.envs.get_attr(name))
+            else:
+                self.envs.set_attr(name, values[my_games(self.args)])
+
+    def restore(self) -> int:
+        self.obey()
+        return from_first()
+
+    def begin(self) -> None:
+        for name, saved in from_first().items():
+            self.state[name].load_state_dict(saved)
+
+    def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
+        to_first((self.episodes, self.signal))
+        self.episodes = []
+        self.obey()
+
+    def finish(self) -> None:
+        close(self.envs)
+
+
+def make_run(args: Args, *parts: Any) -> Run | FollowingRun:
+    """The run as this process takes part in it."""
+    if not dist.is_initialized():
+        return Run(args, *parts)
+    return (FollowingRun if dist.get_rank() > 0 else LeadingRun)(args, *parts)
+
+
+if __name__ == "__main__":
+    train(parse_args(Args))
