@@ -506,8 +506,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         __import__("ale_py")  # registers the games
         name = args.env_id.removeprefix("ALE/").split("NoFrameskip")[0].split("-v")[0]
         if not args.env_id.startswith("ALE/"):
-            hint = f", this game is ALE/{name}-v5" if f"ALE/{name}-v5" in gym.registry else ""
-            raise gym.error.NameNotFound(f"needs an Atari game, ALE/Name-v5{hint}")
+            game = name if f"ALE/{name}-v5" in gym.registry else "Pong"
+            raise gym.error.NameNotFound(f"this script plays games, such as ALE/{game}-v5")
         fire_reset = {"use_fire_reset": args.fire_reset}
         game_args = dataclasses.replace(args, env_kwargs=fire_reset | args.env_kwargs)
         return ReplayableEnv(AtariGame(game_args, render_mode))
@@ -1064,6 +1064,7 @@ def join_processes(args: Args) -> None:
     if torch.cuda.is_available() and args.device in ("auto", "cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(timeout=datetime.timedelta(days=7))  # evaluations may take long
+    atexit.register(dist.destroy_process_group)
 
 
 def my_games(args: Args) -> slice:
@@ -1164,7 +1165,8 @@ class FollowingRun:
     """The run in any other process, which does what the first one asks for."""
 
     def __init__(self, args: Args, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
-        self.args, self.envs, self.state = args, envs, state
+        self.args, self.state = args, state
+        self.envs = envs
         self.episodes, self.signal = [], 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)

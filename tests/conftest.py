@@ -48,6 +48,12 @@ QUICK["reinforce"] = (  # episodes of 64 steps, so that an iteration has 128
     "--env-id Pendulum-v1 --num-envs 2 --critic-steps 4 --critic-batch-size 32 "
     '--env-kwargs {"max_episode_steps":64} --total-timesteps 512 --eval-episodes 2'
 )
+QUICK["ppo_atari"] = (  # games that end after 100 steps
+    "--env-id ALE/Breakout-v5 --num-envs 2 --num-steps 64 --num-minibatches 4 --update-epochs 2 "
+    '--env-kwargs {"max_num_frames_per_episode":400} --total-timesteps 512 --eval-episodes 2'
+)
+GAMES = "ppo_atari"  # observes pictures of Atari games alone: test_ppo_atari.py has its probes
+VECTORS = [x for x in SCRIPTS if x != GAMES]
 DISCRETE = {"dqn", "double_dqn_per"}  # scripts that take no continuous actions
 ON_POLICY = [x for x in SCRIPTS if x in ("reinforce", "a2c", "ppo_continuous", "trpo")]
 # The infrastructure is the same bytes in every script (test_style.py), so what checks these bytes
@@ -66,6 +72,8 @@ def environ(**extra):
 
 def env_id(script):
     """An environment whose episodes end soon."""
+    if script == GAMES:
+        return "ALE/Breakout-v5"
     return "CartPole-v1" if script in DISCRETE else "InvertedPendulum-v5"
 
 

@@ -19,6 +19,7 @@ from conftest import (
     ONE,
     QUICK,
     ROOT,
+    VECTORS,
     assert_same_end,
     checkpoint,
     env_id,
@@ -43,12 +44,14 @@ def go(script, name, folder, *arguments, **options):
 # ---- Odd environments ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("script", VECTORS)
 def test_rewards_in_arrays_and_seeds_of_31_bits(script, tmp_path):
     for name in ("Boxed", "Wary"):
         go(script, name, tmp_path / name)
         assert metrics(tmp_path / name)[-1]["eval/episodic_return"] == 50
 
 
+@pytest.mark.parametrize("script", VECTORS)
 def test_an_observation_that_is_not_finite_at_a_termination(script, tmp_path):
     """Its value does not count, so that it spoils nothing; but it is said."""
     done = go(script, "FallingApart", tmp_path / "r")
@@ -56,6 +59,7 @@ def test_an_observation_that_is_not_finite_at_a_termination(script, tmp_path):
     assert metrics(tmp_path / "r")[-1]["eval/episodic_return"] == 50
 
 
+@pytest.mark.parametrize("script", VECTORS)
 def test_observations_that_are_not_finite(script, tmp_path):
     done = go(script, "Broken", tmp_path / "r", code=3)
     assert "not finite" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
@@ -85,12 +89,14 @@ def test_a_return_that_is_not_finite(tmp_path):
         assert "eval mean_return=nan std=nan" in done.stdout
 
 
+@pytest.mark.parametrize("script", VECTORS)
 @pytest.mark.parametrize(("name", "says"), [("Pictures", "0 is Box"), ("Told", "mission is")])
 def test_spaces_that_are_no_vectors(script, tmp_path, name, says):
     done = go(script, name, tmp_path / "r", code=2)
     assert says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("script", VECTORS)
 def test_arguments_of_the_environment(script, tmp_path):
     folder = tmp_path / "r"
     go(script, "Tuned", folder, "--env-kwargs", '{"gain": 3}')
@@ -137,6 +143,7 @@ def test_environments_are_closed_on_every_way_out(tmp_path):
     assert marker.read_text().count("closed") >= 2
 
 
+@pytest.mark.parametrize("script", VECTORS)
 def test_environments_that_seed_the_global_generators(script, tmp_path):
     """Neither exploration nor initial weights repeat."""
     for seed in (1, 2):

@@ -12,6 +12,7 @@ import torch
 from conftest import (
     ONE,
     ROOT,
+    VECTORS,
     checkpoint,
     command,
     env_id,
@@ -86,6 +87,7 @@ def test_every_step_of_the_optimizer_starts_from_a_zero_gradient(script, tmp_pat
     assert len(calls) > 4 and calls == ["zero", "step"] * (len(calls) // 2)
 
 
+@pytest.mark.parametrize("script", VECTORS)
 def test_every_episode_that_ended_is_in_a_line(script, tmp_path):
     """Episodes of 50 steps of two environments."""
     run(script, "--run-dir", tmp_path / "r", "--env-id", probe(script, "Fifty"))
@@ -164,7 +166,7 @@ def test_alone_in_an_empty_folder(script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in here.iterdir()} == {f"{script}.py", "runs"}
     (folder,) = (here / "runs").iterdir()
-    assert re.fullmatch(rf"{env_id(script)}__{script}__1__\d+", folder.name)
+    assert re.fullmatch(rf"{env_id(script).replace('/', '-')}__{script}__1__\d+", folder.name)
     assert not list(home.rglob("*"))
     assert json.loads((folder / "args.json").read_text())["git"] is None
 

@@ -26,8 +26,9 @@ FIELD_VARIANTS: dict[str, str] = {
     "buffer_size": "some scripts: Atari too",
     "learning_starts": "DQN explores by epsilon from the start",
     "anneal_lr": "PPO names its source; TRPO: only the critic has a learning rate",
-    "env_id": "some scripts: Atari too",
-    "num_envs": "REINFORCE: it is the number of episodes, too",
+    "env_id": "some scripts: Atari too, or alone",
+    "num_envs": "REINFORCE: it is the number of episodes, too; ppo_atari: of all processes",
+    "num_minibatches": "ppo_atari: of whole time steps",
     "critic_learning_rate": "a2c: not on Atari",
     "optimizer": "the form of RMSProp differs",
     "norm_adv": "in minibatches, in the batch, or without the mean",
@@ -39,6 +40,7 @@ LINES = {
     "a2c": 1325,
     "reinforce": 1160,
     "trpo": 1235,
+    "ppo_atari": 1215,
 }  # in all; others at most 1140
 COMMON_FLAGS = """env_id seed total_timesteps num_envs device torch_threads compile run_dir track
 wandb_project_name wandb_entity capture_video checkpoint_frequency resume evaluate eval_frequency
@@ -88,7 +90,10 @@ def drift(texts):
 
 
 def infrastructure(text):
-    return text[text.index(INFRASTRUCTURE) :]
+    """Without what ppo_atari alone has below it: a run of several processes."""
+    end = text.find("\n\n# ---- Several processes")
+    end = end if end > 0 else text.index('\n\nif __name__ == "__main__"')
+    return text[text.index(INFRASTRUCTURE) : end]
 
 
 def test_same_name_same_bytes():
