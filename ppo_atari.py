@@ -295,6 +295,7 @@ def train(args: Args) -> None:
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     value_clip = args.clip_coef if args.clip_vloss else math.inf
     mine = my_games(args)  # other processes play the others
+    dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
 
     def forward(obs: Tensor) -> tuple[Tensor, Tensor]:
         return agent(obs)
@@ -306,7 +307,7 @@ def train(args: Args) -> None:
 
     def gradient_step(obs, actions, old_log_probs, advantages, returns, old_values):
         """Compute the gradients for the next step of the optimizer, of this process's games."""
-        logits, values = agent(obs)
+        logits, values = agent(obs.to(dtype))
         log_ratio = categorical_log_prob(logits, actions) - old_log_probs
         assert log_ratio.shape == values.shape == advantages.shape == returns.shape
         policy_loss = ppo_policy_loss(log_ratio, advantages, args.clip_coef, None)  # eq. 7
@@ -389,6 +390,7 @@ def train(args: Args) -> None:
         }
 
         # 4. Update
+        observed = observed.movedim(2, -1).contiguous().movedim(-1, 2)  # as convolutions want it
         batch = observed, actions, log_probs, advantages, returns, values
         for _ in range(args.update_epochs):
             times = rng.permutation(args.num_steps).reshape(args.num_minibatches, -1)

@@ -1,9 +1,9 @@
 """Training speed: beside a peer's, against --num-envs, with several jobs at once; the sum tree's.
 
     python -m benchmark.speed                 all of them, as Markdown
-    python -m benchmark.speed peers matrix envs processes workers tree
+    python -m benchmark.speed peers matrix parts ranks envs processes workers tree
 
-Beside a peer: same work, same machine, one thread, alternating runs; the median over the pairs.
+Beside a peer: same work, same machine, as many threads, alternating runs; the median of the pairs.
 The first iterations (imports, compilation, warm-up) are left out on both sides. Nothing else should
 run on the machine. --only DQN measures the rows with that in their name.
 """
@@ -11,6 +11,8 @@ run on the machine. --only DQN measures the rows with that in their name.
 import argparse
 import contextlib
 import importlib
+import io
+import itertools
 import json
 import os
 import statistics
@@ -34,6 +36,7 @@ class Row(NamedTuple):
     env_id: str
     total: int
     warm_up: int
+    threads: int = 1
 
 
 PPO = """--num-envs 8 --num-steps 256 --update-epochs 10 --num-minibatches 32
@@ -45,9 +48,12 @@ PONG = """--train-frequency 4 --batch-size 32 --buffer-size 10000 --learning-sta
 --target-frequency 1000 --optimizer adam --learning-rate 1e-4 --epsilon-start 0.1
 --epsilon-end 0.1 --device cpu"""
 A2C = "--num-steps 5 --gae-lambda 1 --critic-steps 1 --no-norm-adv"
+GAMES = "--device cpu"
+FAST = " --compile --precision bfloat16"
+PPO_PONG = ("ppo.py", "ALE/Pong-v5", 12_288, 4096)
 TRPO_CHEETAH = ("trpo.py", "HalfCheetah-v5", 81_920, 20_480)
 SMALL_REPLAY = "--buffer-size 100000 --learning-starts 1000 --log-frequency 500"
-FASTEST = SMALL_REPLAY + " --compile --precision bfloat16"
+FASTEST = SMALL_REPLAY + FAST
 SAC_CHEETAH = ("actor_critic.py SAC", "HalfCheetah-v5", 5000, 2000)
 DDPG_CHEETAH = ("actor_critic.py DDPG", "HalfCheetah-v5", 5000, 2000)
 A2C_SMALL = " --num-envs 8 --no-norm-obs --no-norm-reward"
@@ -75,6 +81,9 @@ ROWS = {
     "DDPG, HalfCheetah, --compile, bfloat16": Row("ddpg.py", FASTEST, *DDPG_CHEETAH),
     "DQN, CartPole": Row("dqn.py", DQN, *CARTPOLE),
     "DQN, CartPole, --compile": Row("dqn.py", DQN + " --compile", *CARTPOLE),
+    "PPO, Pong": Row("ppo_atari.py", GAMES, *PPO_PONG, threads=2),
+    "PPO, Pong, --compile": Row("ppo_atari.py", GAMES + " --compile", *PPO_PONG, threads=2),
+    "PPO, Pong, --compile, bfloat16": Row("ppo_atari.py", GAMES + FAST, *PPO_PONG, threads=2),
     "DQN, Pong": Row("dqn.py", PONG, *ATARI),
     "DQN, Pong, --compile": Row("dqn.py", PONG + " --compile", *ATARI),
 }
@@ -84,7 +93,8 @@ steps, on CartPole 8 x 5 and nothing normalised, one step on both networks. TRPO
 15 conjugate gradient steps, 20 of the critic on the whole batch; the peer is sb3-contrib's. SAC and
 DDPG: a gradient step on 256 transitions every step, 256-256 networks. DQN, CartPole: one on 128
 every 10 steps, 120-84 network. DQN, Pong: one on 32 every 4 steps of 4 frames, network of Mnih et
-al. 2015, Adam. Both sides of DQN use Huber's loss; the peers' also clip gradients. SBX is
+al. 2015, Adam. PPO, Pong: 8 games x 128 steps, 4 epochs, minibatches of 256, the same network, two
+threads. Both sides of DQN use Huber's loss; the peers' also clip gradients. SBX is
 Stable-Baselines3 in JAX, bound to one core."""
 PEERS = {"stable_baselines3": "Stable-Baselines3", "sbx": "SBX"}
 
@@ -97,11 +107,11 @@ SLOW = {"ppo_continuous.py": "--num-steps 32 --num-minibatches 1 --update-epochs
 NUM_ENVS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def start(*command: str) -> subprocess.Popen:
-    """A process with one thread."""
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def start(*command: str, threads: int = 1) -> subprocess.Popen:
+    """A process with so many threads."""
+    few = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=one_thread, cwd=ROOT, **pipes)
+    return subprocess.Popen(command, env=few, cwd=ROOT, **pipes)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -112,13 +122,18 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def our_speeds(row: Row, more: str = "", copies: int = 1) -> list[float]:
-    """Steps per second after the warm-up, from the runs' own metrics; logging is in it."""
+def our_speeds(row: Row, more: str = "", copies: int = 1, ranks: int = 0) -> list[float]:
+    """Steps per second after the warm-up, from the runs' own metrics; logging is in it.
+
+    ranks: how many processes of torchrun share a run; 0 starts it without torchrun.
+    """
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}" if ranks else ""
+    more += f" --torch-threads {row.threads}"
     arguments = f"--env-id {row.env_id} --total-timesteps {row.total} {row.arguments} {more}"
     arguments += " --checkpoint-frequency 0 --eval-episodes 1 --run-dir"
     with tempfile.TemporaryDirectory() as folder:
         runs = [Path(folder, str(number)) for number in range(copies)]
-        words = [sys.executable, row.script, *arguments.split()]
+        words = [sys.executable, *torchrun.split(), row.script, *arguments.split()]
         for process in [start(*words, str(run)) for run in runs]:
             finish(process)
         speeds = []
@@ -133,12 +148,13 @@ def our_speeds(row: Row, more: str = "", copies: int = 1) -> list[float]:
 
 def peer_speed(row: Row, library: str) -> float:
     words = [*row.peer.split(), library, row.env_id, str(row.total), str(row.warm_up)]
-    return float(finish(start(sys.executable, f"benchmark/peers/{words[0]}", *words[1:])))
+    command = [sys.executable, f"benchmark/peers/{words[0]}", *words[1:]]
+    return float(finish(start(*command, threads=row.threads)))
 
 
 def peers(pairs: int, only: str) -> None:
     """The same work as peers do, in alternating runs."""
-    print(f"{WORK} One thread, median of {pairs} alternating rounds.\n")
+    print(f"{WORK} One thread but for the latter; median of {pairs} alternating rounds.\n")
     names = PEERS.values()
     print(f"| | our steps/s | {' | | '.join(f'{name} steps/s' for name in names)} | |")
     print("|---|---|" + "---|---|" * len(names))
@@ -186,7 +202,7 @@ def matrix(pairs: int, only: str) -> None:
         with tempfile.TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:
             words = "--total-timesteps 200 --learning-starts 100 --log-frequency 100".split()
             sys.argv = [script, *words, "--eval-episodes", "1", "--run-dir", f"{folder}/run"]
-            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
                 module.train(module.parse_args(module.Args))
         flops = counter.get_total_flops() / 100  # acting and evaluating are below 1 %
         for precision in rates:
@@ -197,6 +213,76 @@ def matrix(pairs: int, only: str) -> None:
             cells = [f"`{script}.py`", precision, f"{speed:,.0f}", f"{flops / 1e6:.0f}"]
             cells += [f"{reached:.0f}", f"{reached / rates[precision]:.0%}"]
             print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def parts(pairs: int, only: str) -> None:
+    """Where the time of a step of ppo_atari.py goes; median of the iterations but the first."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import ppo_atari
+
+    times = dict.fromkeys(("emulator", "action", "copy"), 0.0)
+
+    def timed(name: str, function: Callable, counts: Callable = lambda: True) -> Callable:
+        def call(*arguments, **options):
+            begin = time.perf_counter()
+            result = function(*arguments, **options)
+            times[name] += (time.perf_counter() - begin) * counts()
+            return result
+
+        return call
+
+    ppo_atari.ParallelGames.step = timed("emulator", ppo_atari.ParallelGames.step)
+    ppo_atari.stack_steps = timed("copy", ppo_atari.stack_steps)
+    network = ppo_atari.AtariActorCritic
+    network.forward = timed("action", network.forward, lambda: not torch.is_grad_enabled())
+    end_iteration, iterations = ppo_atari.Run.end_iteration, []
+
+    def note(run, *arguments):
+        end_iteration(run, *arguments)
+        iterations.append({"whole": run.wall_time, **times})
+
+    ppo_atari.Run.end_iteration = note
+    print("Pong, 8 games x 128 steps, in microseconds for each environment step, not compiled.\n")
+    print(
+        "| --torch-threads | --precision | all | emulator | action | copy | update and the rest |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for threads in (1, 2):
+        for precision in ("highest", "bfloat16"):
+            iterations.clear()
+            with tempfile.TemporaryDirectory() as folder:
+                words = f"--total-timesteps {1024 * (pairs + 1)} --precision {precision}"
+                words += f" --torch-threads {threads} --eval-episodes 1 --run-dir {folder}/run"
+                sys.argv = ["ppo_atari", *GAMES.split(), *words.split()]
+                with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+                    ppo_atari.train(ppo_atari.parse_args(ppo_atari.Args))
+            spent = [
+                {name: (after[name] - before[name]) / 1024 * 1e6 for name in after}
+                for before, after in itertools.pairwise(iterations)
+            ]
+            medians = {name: statistics.median(x[name] for x in spent) for name in spent[0]}
+            rest = medians["whole"] - sum(medians[name] for name in times)
+            cells = [str(threads), precision, *(f"{x:.0f}" for x in [*medians.values(), rest])]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def ranks(pairs: int, only: str) -> None:
+    """Two processes of torchrun beside one process with two threads."""
+    print("Pong, 8 games x 128 steps: one process with two threads, or two of torchrun with one")
+    print(f"each; median of {pairs} alternating pairs.\n")
+    print("| --precision | one process, steps/s | two processes, steps/s | ratio |")
+    print("|---|---|---|---|")
+    for precision in ("highest", "bfloat16"):
+        row = Row("ppo_atari.py", f"{GAMES} --precision {precision}", *PPO_PONG)
+        measured = [
+            (our_speeds(row._replace(threads=2))[0], our_speeds(row, ranks=2)[0])
+            for _ in range(pairs)
+        ]
+        one, two = (statistics.median(side) for side in zip(*measured, strict=True))
+        ratio = statistics.median(b / a for a, b in measured)
+        print(f"| {precision} | {one:,.0f} | {two:,.0f} | {ratio:.2f} |", flush=True)
 
 
 def median_speeds(
@@ -287,8 +373,8 @@ def tree(pairs: int, only: str) -> None:
 
 
 def main() -> None:
-    tables = {"peers": peers, "matrix": matrix, "envs": envs, "processes": processes}
-    tables |= {"workers": workers, "tree": tree}
+    tables = {"peers": peers, "matrix": matrix, "parts": parts, "ranks": ranks, "envs": envs}
+    tables |= {"processes": processes, "workers": workers, "tree": tree}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", help=", ".join(tables) + "; all by default")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each row")
