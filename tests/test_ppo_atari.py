@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,29 +298,24 @@ def test_two_processes_are_the_run_of_one(alone, tmp_path):
     assert same(first["agent"], checkpoint(tmp_path / "r")["agent"])
 
 
-def test_a_stopped_run_goes_on_with_any_number_of_processes(alone, tmp_path):
-    """SIGTERM to the launcher; resumed by one process, and by two again, bit for bit."""
-    for name in ("a", "b"):
-        words = [*SMALL, "--total-timesteps", 2048, "--eval-frequency", 512]
-        words += ["--checkpoint-frequency", 0, "--run-dir", tmp_path / name]
-        process = start(2, *words)
-        if name == "b":
-            finish(process)
-            continue
-        wait_for_step(process, tmp_path / name, 600)  # beyond an evaluation
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
-        assert err.count("go on: python") == 1 and f"--resume {tmp_path / name}" in err
-        stopped = checkpoint(tmp_path / name)["global_step"]
-        assert stopped == metrics(tmp_path / name)[-1]["global_step"] < 2048
-        finish(start(2, "--resume", tmp_path / name))
-    assert_same_end(tmp_path / "a", tmp_path / "b")
-    words = [*SMALL, "--total-timesteps", 256, "--run-dir", tmp_path / "c"]
-    finish(start(2, *words))
-    run("ppo_atari", "--resume", tmp_path / "c", "--total-timesteps", 512, quick=False)
-    assert checkpoint(tmp_path / "c")["global_step"] == 512
-    saved = checkpoint(tmp_path / "c")
-    assert len(saved["envs"]) == 4
+def test_a_stopped_run_goes_on_with_any_number_of_processes(tmp_path):
+    """SIGTERM to the launcher; resumed by two processes bit for bit, by one up to rounding."""
+    words = [*SMALL, "--total-timesteps", 1024, "--eval-frequency", 256, "--update-epochs", 1]
+    words += ["--checkpoint-frequency", 0]
+    calm, stopped, alone = (tmp_path / name for name in ("calm", "stopped", "alone"))
+    finish(start(2, *words, "--run-dir", calm))
+    process = start(2, *words, "--run-dir", stopped)
+    wait_for_step(process, stopped, 320)  # beyond an evaluation
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert err.count("go on: python") == 1 and f"--resume {stopped}" in err
+    step = checkpoint(stopped)["global_step"]
+    assert step == metrics(stopped)[-1]["global_step"] < 1024
+    shutil.copytree(stopped, alone)
+    finish(start(2, "--resume", stopped))
+    assert_same_end(stopped, calm)
+    run("ppo_atari", "--resume", alone, quick=False)
+    assert_close_end(alone, calm)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -335,7 +331,7 @@ def test_a_killed_process_ends_the_others(killed, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and not out and not any(map(alive, processes))
     if killed:
-        assert "error: another process of this run has ended" in err
+        assert "error: another process of this run has ended" in err, err
     assert checkpoint(tmp_path / "r")["global_step"] >= 64
     last = checkpoint(tmp_path / "r")["global_step"]
     words = ["--resume", tmp_path / "r", "--total-timesteps", 10**6]
@@ -348,8 +344,6 @@ def test_a_killed_process_ends_the_others(killed, tmp_path):
 def test_mistakes_and_evaluations_of_several_processes(alone, tmp_path):
     _, err = finish(start(2, *SMALL, "--num-envs", 3, "--run-dir", tmp_path / "r"), code=1)
     assert err.count("error: --num-envs 3: must be a multiple of 2 processes") == 1
-    _, err = finish(start(2, *SMALL, "--env-id", "Nothing-v0"), code=1)
-    assert err.count("error: --env-id Nothing-v0") == 1
     out, _ = finish(start(2, "--evaluate", alone))
     again = run("ppo_atari", "--evaluate", alone, quick=False)
     assert out == again.stdout
