@@ -125,6 +125,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
 
 
+def mean_and_std(finals: np.ndarray) -> str:
+    spread = f" ± {number(finals.std(ddof=1))}" if len(finals) > 1 else ""  # one run has none
+    return number(finals.mean()) + spread
+
+
 def steps(count: int) -> str:
     return f"{count / 1e6:g}M" if count >= 1_000_000 else f"{count / 1e3:g}k"
 
@@ -146,7 +151,7 @@ def published_cell(row: Row, label: str, sources: list[str]) -> str:
 def table(rows: list[Row]) -> str:
     """Final evaluations of one script beside published numbers, as Markdown."""
     lines = [
-        f"| `{rows[0].script}.py` | steps | mean ± std | IQM [95 % interval] | seeds |"
+        f"| `{rows[0].script}.py` | steps | mean ± std | 95 % interval of the mean | seeds |"
         " best published | CleanRL |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -156,17 +161,16 @@ def table(rows: list[Row]) -> str:
         seeds = f"{len(row.done)}" + (
             f" of {len(row.runs)}" if len(row.done) < len(row.runs) else ""
         )
-        ours, middle = "", ""
+        ours, around = "", ""
         if row.done:
-            ours, middle = number(row.finals.mean()), number(stats.iqm(row.finals))
-            if len(row.done) > 1:  # one run has no spread
-                low, high = stats.interval([row.finals], stats.iqm)
-                ours += f" ± {number(row.finals.std(ddof=1))}"
-                middle += f" [{number(low)}, {number(high)}]"
+            ours = mean_and_std(row.finals)
             reference = references().get((ALGORITHMS.get(row.script), row.env_id, "best"))
-            if reference and row.finals.mean() >= float(reference["mean"]):
-                ours = f"**{ours}**"
-        cells = [row.env_id + row.label, steps(row.arguments["total_timesteps"]), ours, middle]
+            if len(row.done) >= stats.FEWEST:
+                low, high = stats.mean_interval(row.finals)
+                around = f"[{number(low)}, {number(high)}]"
+                if reference and row.finals.mean() >= float(reference["mean"]):
+                    ours = f"**{ours}**"
+        cells = [row.env_id + row.label, steps(row.arguments["total_timesteps"]), ours, around]
         lines.append(f"| {' | '.join([*cells, seeds, best, cleanrl])} |")
     notes = [f"[{n}] {text}  " for n, text in enumerate(sources, 1)]
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
@@ -224,16 +228,21 @@ def normalised(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
     return dict(scores)
 
 
-def families(rows: list[Row]) -> list[list[Row]]:
-    """The rows in parts whose environments a suite runs together: scores compare within them."""
+def families(rows: list[Row], whole_suites: bool = False) -> list[list[Row]]:
+    """The rows in parts: the environments that a suite, or each group of its runs, has together."""
     suites = [path for path in sorted(SUITES.glob("*.toml")) if path.stem != "smoke"]
-    runs = [part for path in suites for part in tomllib.loads(path.read_text())["runs"]]
     found, rest = [], rows
-    for part in runs:
-        name = f", {part['name']}" if part.get("name") else ""
-        titles = {env_id + name for env_id in part["env_ids"]}
-        found.append([row for row in rest if row.env_id in titles])
-        rest = [row for row in rest if row.env_id not in titles]
+    for suite in (tomllib.loads(path.read_text())["runs"] for path in suites):
+        titles = [
+            {
+                env_id + (f", {part['name']}" if part.get("name") else "")
+                for env_id in part["env_ids"]
+            }
+            for part in suite
+        ]
+        for together in [set.union(*titles)] if whole_suites else titles:
+            found.append([row for row in rest if row.env_id in together])
+            rest = [row for row in rest if row.env_id not in together]
     return [part for part in [*found, rest] if part]
 
 
@@ -242,36 +251,93 @@ def common(scores: dict[str, dict]) -> list[str]:
     return sorted(set.intersection(*(set(envs) for envs in scores.values())))
 
 
+def own(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
+    """script -> environment -> final returns, where the script has one row of the environment."""
+    found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for row in rows:
+        if row.done and not row.note:
+            found[row.script][row.env_id] = row.finals
+    return dict(found)
+
+
 def aggregates(rows: list[Row]) -> str:
-    """IQM and mean of normalised scores, and who beats whom, as Markdown; "" without scores."""
+    """IQM and mean of normalised scores over the environments of all scripts; "" without scores."""
     scores = normalised(rows)
     shared = common(scores) if scores else []
     if len(shared) < 2:
         return ""
     lines = [
         f"Over {len(shared)} environments ({', '.join(shared)}), with scores normalised so that"
-        " random actions are 0 and the best published result is 1:\n",
+        " random actions are 0 and the best published result is 1, every environment weighing the"
+        " same:\n",
+        *unequal_seeds({script: [envs[x] for x in shared] for script, envs in scores.items()}),
         "| script | IQM [95 % interval] | mean [95 % interval] | runs at or above 1 |",
         "|---|---|---|---|",
     ]
     for script, envs in scores.items():
         parts = [envs[env_id] for env_id in shared]
         cells = []
-        for statistic in (stats.iqm, lambda x: x.mean(-1)):
+        for statistic in (stats.iqm, stats.mean):
+            value = statistic(np.concatenate(parts), stats.equal_weights(parts))
             low, high = stats.interval(parts, statistic)
-            cells.append(f"{statistic(np.concatenate(parts)):.2f} [{low:.2f}, {high:.2f}]")
+            cells.append(f"{value:.2f}{bracket(low, high, parts)}")
         share = np.mean([(x >= 1).mean() for x in parts])
         lines.append(f"| `{script}.py` | {cells[0]} | {cells[1]} | {share:.0%} |")
-    several = dict.fromkeys(f"{row.env_id} of {row.script}.py" for row in rows if row.note)
-    if several:
-        lines += ["", f"Left out, as there are several rows: {', '.join(several)}."]
-    pairs = [(a, b) for a in scores for b in scores if a < b]
-    if pairs:
-        lines += ["", "| X | Y | P(a run of X beats one of Y) [95 % interval] |", "|---|---|---|"]
+    reasons = {}
+    for row in rows:
+        if row.env_id not in shared and row.done:
+            missing = [f"{name}.py" for name in scores if row.env_id not in own(rows).get(name, {})]
+            known = any(row.env_id in envs for envs in scores.values())
+            lacks = f"not of {', '.join(missing)}" if missing else "no published result"
+            reasons[row.env_id] = lacks if known else "no published result"
+        if row.note:
+            reasons[row.env_id] = f"several rows of {row.script}.py"
+    if reasons:
+        text = "; ".join(f"{env_id} ({reason})" for env_id, reason in reasons.items())
+        lines += ["", f"Left out: {text}."]
+    return "\n".join(lines) + "\n"
+
+
+def unequal_seeds(parts: dict[str, list[np.ndarray]]) -> list[str]:
+    """A line for the scripts whose environments have different numbers of finished seeds."""
+    counts = {script: sorted({len(x) for x in of}) for script, of in parts.items()}
+    if len({n for of in counts.values() for n in of}) < 2:
+        return []
+    said = [f"{script}.py {' or '.join(map(str, of))}" for script, of in counts.items()]
+    return [f"Numbers of seeds differ: {', '.join(said)}.\n"]
+
+
+def bracket(low: float, high: float, parts: list[np.ndarray]) -> str:
+    """An interval, where there are runs enough for one."""
+    enough = min(map(len, parts)) >= stats.FEWEST
+    return f" [{low:.2f}, {high:.2f}]" if enough else ""
+
+
+def comparison(rows: list[Row]) -> str:
+    """Scripts side by side, and who beats whom, on the environments that two of them share."""
+    finals = own(rows)
+    pairs = [(a, b) for a in finals for b in finals if a < b and finals[a].keys() & finals[b]]
+    if not pairs:
+        return ""
+    scripts = [script for script in finals if any(script in pair for pair in pairs)]
+    env_ids = sorted({x for a, b in pairs for x in finals[a].keys() & finals[b]})
+    lines = [
+        "Mean final return ± std over seeds (number of seeds), side by side:\n",
+        f"| environment | {' | '.join(f'`{script}.py`' for script in scripts)} |",
+        "|---|" + "---|" * len(scripts),
+    ]
+    for env_id in env_ids:
+        of = [finals[script].get(env_id) for script in scripts]
+        cells = ["" if x is None else f"{mean_and_std(x)} ({len(x)})" for x in of]
+        lines.append(f"| {env_id} | {' | '.join(cells)} |")
+    lines += ["", "| X | Y | P(a run of X beats one of Y) [95 % interval] | environments |"]
+    lines.append("|---|---|---|---|")
     for a, b in pairs:
-        x, y = ([scores[script][env_id] for env_id in shared] for script in (a, b))
+        shared = sorted(finals[a].keys() & finals[b])
+        x, y = ([finals[script][env_id] for env_id in shared] for script in (a, b))
         value, low, high = stats.probability_of_improvement(x, y)
-        lines.append(f"| `{a}.py` | `{b}.py` | {value:.2f} [{low:.2f}, {high:.2f}] |")
+        chance = f"{value:.2f}{bracket(low, high, x + y)}"
+        lines.append(f"| `{a}.py` | `{b}.py` | {chance} | {len(shared)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -331,7 +397,8 @@ def draw_curves(rows: list[Row], path: Path) -> None:
             steps, curves = common_curve(row)
             if len(steps):
                 mean = axis.plot(steps / 1e6, curves.mean(0), color=color, linewidth=1.8)[0]
-                axis.fill_between(steps / 1e6, *stats.band(curves), color=color, alpha=0.2, lw=0)
+                band = stats.mean_interval(curves.T)
+                axis.fill_between(steps / 1e6, *band, color=color, alpha=0.2, lw=0)
                 shown.setdefault(f"{name}: mean, 95 % interval, each seed", mean)
         for label, name, color, style in (
             ("best", "best published", BLACK, "--"),
@@ -406,6 +473,7 @@ def readme_with_results() -> str:
         image = f"![Learning curves of {script}.py](benchmark/results/{script}.png)"
         parts += [table(rows), unfinished(rows), image, "", each_run(rows)]
         everything += rows
+    parts += [text for family in families(everything, True) if (text := comparison(family))]
     if over := [text for family in families(everything) if (text := aggregates(family))]:
         parts += [*over, "![Performance profiles](benchmark/results/profiles.png)"]
     return before + BEGIN + "\n\n" + "\n".join(part for part in parts) + "\n\n" + END + after
@@ -443,6 +511,7 @@ def write_report(paths: list[Path], out: Path) -> list[str]:
     if any(run["curve"] for run in runs):
         draw_curves(rows, out / "curves.png")
         parts += ["![Learning curves](curves.png)\n"]
+    parts += [text for family in families(rows, True) if (text := comparison(family))]
     if over := [text for family in families(rows) if (text := aggregates(family))]:
         draw_profiles(rows, out / "profiles.png")
         parts += [*over, "![Performance profiles](profiles.png)"]

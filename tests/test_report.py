@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -47,19 +48,47 @@ def make(*paths, out, code=0):
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([3], 3), ([1, 2], 1.5), ([1, 2, 9], 4), ([9, 1, 2, 4], 3), ([1, 2, 3, 5, 100], 10 / 3)],
+    [([3], 3), ([1, 2], 1.5), ([1, 2, 9], 3), ([9, 1, 2, 4], 3), ([1, 2, 3, 5, 100], 3.3)],
 )
 def test_iqm_by_hand(values, expected):
-    assert stats.iqm(np.array(values)) == pytest.approx(expected)
-    assert stats.iqm(np.array([values, values])) == pytest.approx([expected, expected])
+    weights = np.full(len(values), 1 / len(values))
+    assert stats.iqm(np.array(values), weights) == pytest.approx(expected)
+    assert stats.iqm(np.array([values, values]), weights) == pytest.approx([expected, expected])
 
 
-def test_interval_of_a_mean_is_the_textbooks():
+def test_environments_weigh_the_same_whatever_their_seeds():
+    """Runs repeated until every environment has as many, and a trimmed mean over all of them."""
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        scores = [rng.normal(size=n) for n in rng.integers(1, 6, 4)]
+        equal = np.sort(np.concatenate([np.repeat(x, 240 // len(x)) for x in scores]))
+        runs, weights = np.concatenate(scores), stats.equal_weights(scores)
+        assert weights.sum() == pytest.approx(1)
+        assert stats.iqm(runs, weights) == pytest.approx(equal[240:-240].mean())
+        assert stats.mean(runs, weights) == pytest.approx(np.mean([x.mean() for x in scores]))
+        profile = stats.performance_profile(scores, np.array([0.3]))
+        assert profile == pytest.approx([(equal > 0.3).mean()])
+
+
+@pytest.mark.parametrize("n", [3, 5, 10, 40])
+def test_the_interval_of_a_mean_covers_it(n):
+    """Normal runs: 95 % of the intervals hold the true mean (a bootstrap's: 76 % at three)."""
+    low, high = stats.mean_interval(np.random.default_rng(n).normal(7, 3, (20_000, n)))
+    assert 0.94 < np.mean((low < 7) & (high > 7)) < 0.96
+
+
+def test_no_interval_of_two():
+    assert all(np.isnan(x).all() for x in stats.mean_interval(np.array([[1.0, 2.0]])))
+    low, high = stats.mean_interval(np.array([1.0, 2.0, 3.0]))
+    assert (high - low) / 2 == pytest.approx(4.303 / 3**0.5, abs=1e-3)
+
+
+def test_bootstrap_interval_of_a_mean_is_the_textbooks():
     x = np.random.default_rng(3).normal(5, 2, 400)
-    low, high = stats.interval([x], lambda drawn: drawn.mean(-1))
+    low, high = stats.interval([x], stats.mean)
     half = 1.96 * x.std() / 20
     assert (low, high) == pytest.approx((x.mean() - half, x.mean() + half), abs=0.03)
-    assert (low, high) == stats.interval([x], lambda drawn: drawn.mean(-1))  # again: the same
+    assert (low, high) == stats.interval([x], stats.mean)  # again: the same
 
 
 def test_interval_against_every_resample():
@@ -67,13 +96,13 @@ def test_interval_against_every_resample():
     x = np.array([1.0, 2.0, 4.0])
     means = [np.mean(drawn) for drawn in itertools.product(x, repeat=3)]
     expected = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
-    assert stats.interval([x], lambda drawn: drawn.mean(-1)) == pytest.approx(expected, abs=1e-9)
+    assert stats.interval([x], stats.mean) == pytest.approx(expected, abs=1e-9)
 
 
 def test_resampling_is_stratified():
     """Runs never cross from one environment to another: equal runs leave no uncertainty."""
-    scores = [np.full(5, 0.0), np.full(5, 100.0)]
-    assert stats.interval(scores, lambda drawn: drawn.mean(-1)) == (50, 50)
+    scores = [np.full(5, 0.0), np.full(3, 100.0)]
+    assert stats.interval(scores, stats.mean) == pytest.approx((50, 50))
 
 
 def test_performance_profile_by_hand():
@@ -94,11 +123,15 @@ def test_probability_of_improvement_by_hand():
     assert back == pytest.approx(1 - value)
 
 
-def test_band_of_a_curve():
-    curves = np.random.default_rng(0).normal(0, 1, (100, 50))
-    low, high = stats.band(curves)
-    assert np.mean((low < 0) & (high > 0)) > 0.85
-    assert np.mean(high - low) == pytest.approx(2 * 1.96 / 10, rel=0.1)
+def test_the_interval_of_a_probability_against_every_resample():
+    """Three and two runs: 27 x 4 pairs of resamples, each as probable."""
+    x, y = np.array([1.0, 4.0, 6.0]), np.array([2.0, 4.0])
+    pairs = itertools.product(itertools.product(x, repeat=3), itertools.product(y, repeat=2))
+    chances = [stats.better(np.array(a), np.array(b)) for a, b in pairs]
+    expected = np.percentile(chances, [2.5, 97.5], method="inverted_cdf")
+    value, low, high = stats.probability_of_improvement([x], [y])
+    assert value == pytest.approx((0 + 1.5 + 2) / 6)
+    assert (low, high) == pytest.approx(expected)
 
 
 # ---- What is averaged, and what is not -----------------------------------------------------------
@@ -114,7 +147,7 @@ def test_a_table_by_hand(tmp_path):
     make(tmp_path / "runs", out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     cells = [cell.strip() for cell in rows_of(text)[0].split("|")]
-    assert cells[2] == "1k" and cells[3] == "400 ± 354" and cells[4].startswith("300 [")
+    assert cells[2] == "1k" and cells[3] == "400 ± 354" and cells[4] == "[-38.9, 839]"
     assert cells[5] == "5" and cells[6].startswith("2761 ± 927 [1]")
     assert cells[7].startswith("2383 ± 272 [2]")
     assert "[1] Hopper-v2, 1M steps: best mean score over training evaluations, 3 seeds; " in text
@@ -122,11 +155,15 @@ def test_a_table_by_hand(tmp_path):
 
 
 def test_bold_means_at_or_above_the_best_published(tmp_path):
-    fake(tmp_path / "runs" / "a", final=2762.0)
-    fake(tmp_path / "runs" / "b", final=2760.0, env_id="Walker2d-v5")
+    """Of three seeds at least."""
+    for seed in (1, 2, 3):
+        fake(tmp_path / "runs" / f"a{seed}", seed=seed, final=2762.0)
+        fake(tmp_path / "runs" / f"b{seed}", seed=seed, final=2760.0, env_id="Walker2d-v5")
+    for seed in (1, 2):
+        fake(tmp_path / "runs" / f"c{seed}", seed=seed, final=2e4, env_id="HalfCheetah-v5")
     make(tmp_path / "runs", out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "**2762**" in text and "| 2760 |" in text
+    assert "**2762 ± 0.0**" in text and "| 2760 ± 0.0 |" in text and "| 20000 ± 0.0 |  |" in text
 
 
 def test_versions_and_arguments_are_never_mixed(tmp_path):
@@ -221,7 +258,7 @@ def test_normalised_scores_and_pairs(tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| `ppo_continuous.py` | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0% |" in text
     assert "| `sac.py` | 1.50 [1.50, 1.50] | 1.50 [1.50, 1.50] | 100% |" in text
-    assert "| `ppo_continuous.py` | `sac.py` | 0.00 [0.00, 0.00] |" in text
+    assert "| `ppo_continuous.py` | `sac.py` | 0.00 [0.00, 0.00] | 2 |" in text
     assert (tmp_path / "out" / "profiles.png").exists()
 
 
@@ -239,6 +276,40 @@ def test_scores_are_compared_within_a_kind_of_environments(tmp_path):
     assert "Over 2 environments (Hopper-v5, Reacher-v5)" in text
     assert "Over 2 environments (Acrobot-v1, LunarLander-v3)" in text
     assert "beats one of Y" not in text
+
+
+def test_any_two_scripts_of_one_environment_are_compared(tmp_path):
+    """Without a published number, with unequal seeds; what no measure has is named."""
+    for script, seeds in (("ppo_continuous", 3), ("mine", 4)):
+        for seed in range(1, seeds + 1):
+            for env_id in ("Mine-v0", "Hopper-v5", "Reacher-v5"):
+                if env_id != "Mine-v0" and (script, seed) == ("mine", 4):
+                    continue
+                final = seed + 10.0 * (script == "mine")
+                folder = tmp_path / "runs" / f"{env_id}{seed}{script}"
+                fake(folder, env_id, seed, final, f"y = '{script}'\n", script=f"{script}.py")
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| environment | `mine.py` | `ppo_continuous.py` |" in text
+    assert "| Mine-v0 | 12.5 ± 1.3 (4) | 2.0 ± 1.0 (3) |" in text
+    assert "| `mine.py` | `ppo_continuous.py` | 1.00 [1.00, 1.00] | 1 |" in text
+    assert "| `mine.py` | `ppo_continuous.py` | 1.00 [1.00, 1.00] | 2 |" in text
+
+
+def test_unequal_seeds_and_what_is_left_out_are_named(tmp_path):
+    known = [("Hopper-v5", 3), ("Reacher-v5", 1), ("Walker2d-v5", 3), ("Swimmer-v5", 3)]
+    for script in ("ppo_continuous", "sac"):
+        for env_id, seeds in known:
+            if (script, env_id) == ("sac", "Swimmer-v5"):
+                continue
+            for seed in range(1, seeds + 1):
+                folder = tmp_path / "runs" / f"{env_id}{seed}{script}"
+                fake(folder, env_id, seed, 1.0, f"y = '{script}'\n", script=f"{script}.py")
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Numbers of seeds differ: ppo_continuous.py 1 or 3, sac.py 1 or 3." in text
+    assert "Left out: Swimmer-v5 (not of sac.py)." in text
+    assert re.search(r"\| `sac.py` \| -?\d\.\d\d \| -?\d\.\d\d \| 33% \|", text)
 
 
 def test_an_environment_of_two_suites_counts_once():
