@@ -1,8 +1,8 @@
 """Proximal Policy Optimization (PPO) for Atari games, complete in this one file.
 
 The PPO of `ppo_continuous.py` with what games need: one network that sees the last four frames and
-gives both the policy and the value, rewards clipped to their signs, and lives that end episodes.
-Schulman et al. 2017, arXiv:1707.06347; equation numbers are theirs.
+gives both the policy and the value, rewards clipped to [-1, 1], and a lost life that counts as the
+end of an episode. Schulman et al. 2017, arXiv:1707.06347; equation numbers are theirs.
 
     for each iteration:
         run the policy for num_steps in each of num_envs games                  (Algorithm 1)
@@ -17,19 +17,18 @@ Schulman et al. 2017, arXiv:1707.06347; equation numbers are theirs.
     python ppo_atari.py --env-id ALE/Pong-v5 --seed 1
     torchrun --nproc-per-node 2 ppo_atari.py --env-id ALE/Pong-v5 --seed 1
 
-The second command trains the same agent with two processes. Each plays half of the games; the mean
-of their gradients is the gradient of the whole minibatch, so that, up to rounding, it is the run of
-the first command.
+In the second command, each of two processes plays half of the games. The mean of their gradients is
+the gradient of the whole minibatch, so both commands make the same run, up to rounding.
 
 Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
-- 4 epochs instead of 3, c1 of 1/2 instead of 1, and an epsilon that stays as it is, as in later
-  versions of OpenAI Baselines; the learning rate falls to 0 as in the paper.
-- Advantages are normalised, gradients clipped, weights orthogonal with a small last policy layer,
-  as in Baselines, too.
-- A minibatch is not drawn from single transitions: it has all games at some of the time steps, so
-  that it does not depend on which process plays which game.
+- As in OpenAI Baselines: the network of DQN (Nature, 2015), orthogonal weights, normalised
+  advantages, clipped gradients, a clipped value loss of a quarter of the paper's weight (c1 is 1/2,
+  and the loss is half the squared error), 4 epochs instead of 3, and Adam's epsilon of 1e-5.
+- The clipping's epsilon stays as it is; only the learning rate falls to 0.
+- A minibatch is not a random set of transitions. It holds the transitions of all games at randomly
+  chosen time steps, so it is the same whichever process plays which game.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -82,7 +82,7 @@ class Args:
     num_steps: Count = 128
     """Steps of each environment per iteration."""
     num_minibatches: Count = 4
-    """Minibatches per epoch; divides num_steps."""
+    """Minibatches per epoch; must divide --num-steps."""
     update_epochs: Count = 4
     """Passes over the rollout per iteration."""
     norm_adv: bool = True
@@ -102,7 +102,7 @@ class Args:
     env_id: str = "ALE/Pong-v5"
     """Atari game, "ALE/Name-v5"."""
     num_envs: Count = 8
-    """Environments stepped together; those of all processes of torchrun."""
+    """Environments stepped together, counted over all processes of torchrun."""
     env_kwargs: Json = field(default_factory=dict)
     """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
     async_envs: bool = False
@@ -114,7 +114,7 @@ class Args:
     episodic_life: bool = True
     """Atari: learn as if a lost life ended the episode; the game goes on."""
     fire_reset: bool = True
-    """Atari: press FIRE at the start of a game, in games that wait for it."""
+    """Atari: press FIRE at the start of a game that waits for it (not after a lost life)."""
 
     # Run
     seed: Count = 1
@@ -294,11 +294,8 @@ def train(args: Args) -> None:
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     value_clip = args.clip_coef if args.clip_vloss else math.inf
-    mine = my_games(args)  # other processes play the others
+    mine = my_games(args)  # the other processes of torchrun, if any, play the rest
     dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
-
-    def forward(obs: Tensor) -> tuple[Tensor, Tensor]:
-        return agent(obs)
 
     @torch.no_grad()
     def deterministic_policy(obs: np.ndarray) -> np.ndarray:
@@ -306,7 +303,7 @@ def train(args: Args) -> None:
         return logits.argmax(-1).cpu().numpy()[0]
 
     def gradient_step(obs, actions, old_log_probs, advantages, returns, old_values):
-        """Compute the gradients for the next step of the optimizer, of this process's games."""
+        """Compute the gradients of this process's games, for the next step of the optimizer."""
         logits, values = agent(obs.to(dtype))
         log_ratio = categorical_log_prob(logits, actions) - old_log_probs
         assert log_ratio.shape == values.shape == advantages.shape == returns.shape
@@ -324,10 +321,11 @@ def train(args: Args) -> None:
             "losses/clipfrac": clipped.float().mean(),
         }
 
+    forward = agent
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
         gradient_step = torch.compile(gradient_step, fullgraph=True)
-        forward = torch.compile(forward, fullgraph=True)
+        forward = torch.compile(agent, fullgraph=True)
     state = {"agent": agent, "optimizer": optimizer, "rng": rng}
     run = make_run(args, device, envs, state, deterministic_policy)
     global_step = run.restore() if args.resume or args.evaluate else 0
@@ -347,8 +345,10 @@ def train(args: Args) -> None:
             # 1. Act
             with torch.no_grad():
                 logits, values = forward(torch.from_numpy(obs).to(device))
-                noise = rng.gumbel(size=(args.num_envs, num_actions))[mine]  # Gumbel's trick:
-                actions = (logits + torch.from_numpy(noise).to(logits)).argmax(-1)  # pi(a|s)
+                # Gumbel's trick: this argmax is distributed as softmax(logits). Every process draws
+                # the noise of all games, so that a game's noise is the same wherever it is played.
+                noise = rng.gumbel(size=(args.num_envs, num_actions))[mine]
+                actions = (logits + torch.from_numpy(noise).to(logits)).argmax(-1)
                 log_probs = categorical_log_prob(logits, actions)
 
             # 2. Step the environments
@@ -375,37 +375,37 @@ def train(args: Args) -> None:
 
         # 3. Targets
         stacked = stack_steps(steps, device)
-        observed, actions, log_probs, values, rewards, terminations, dones, cut_values = stacked
+        observed, actions, log_probs, values, rewards, terminations, ends, cut_values = stacked
         with torch.no_grad():
             _, last_values = forward(torch.from_numpy(obs).to(device))
         next_values = torch.cat([values[1:], last_values[None]])  # V(s_t+1)
-        next_values = torch.where(dones > 0, cut_values, next_values)
+        next_values = torch.where(ends > 0, cut_values, next_values)  # 0 if no time limit cut it
         advantages = compute_gae(  # eq. 11, 12
-            rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
+            rewards, values, next_values, terminations, ends, args.gamma, args.gae_lambda
         )
         returns = advantages + values
         metrics = {
             "losses/values": values.mean(),
             "losses/explained_variance": explained_variance(values, returns),
-        }
+        }  # of this process's games; averaged below
 
         # 4. Update
-        observed = observed.movedim(2, -1).contiguous().movedim(-1, 2)  # as convolutions want it
+        observed = observed.movedim(2, -1).contiguous().movedim(-1, 2)  # channels last in memory
         batch = observed, actions, log_probs, advantages, returns, values
         for _ in range(args.update_epochs):
             times = rng.permutation(args.num_steps).reshape(args.num_minibatches, -1)
-            minibatch_metrics = []  # of the last epoch, while the policy changes
+            minibatch_metrics = []
             for t in times:
                 minibatch = [x[t].flatten(0, 1) for x in batch]
                 if args.norm_adv:
-                    minibatch[3] = normalize(minibatch[3])
+                    minibatch[3] = normalize(minibatch[3])  # the advantages
                 optimizer.zero_grad()
                 step_metrics = gradient_step(*minibatch)
                 average_over_processes([x.grad for x in parameters])
                 norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 minibatch_metrics.append(step_metrics | {"losses/grad_norm": norm})
-        for name in step_metrics:
+        for name in minibatch_metrics[0]:  # means over the last epoch, while the policy changes
             metrics[name] = torch.stack([x[name] for x in minibatch_metrics]).mean()
 
         # 5. Log, checkpoint, evaluate
@@ -505,7 +505,7 @@ class AtariGame(gym.Env):
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One game."""
     with making(args):
-        __import__("ale_py")  # registers the games
+        import ale_py  # noqa: F401  registers the games
         name = args.env_id.removeprefix("ALE/").split("NoFrameskip")[0].split("-v")[0]
         if not args.env_id.startswith("ALE/"):
             game = name if f"ALE/{name}-v5" in gym.registry else "Pong"
@@ -1059,14 +1059,19 @@ def join_processes(args: Args) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
     if args.evaluate:
-        sys.exit() if rank > 0 else None
+        if rank > 0:
+            sys.exit()
         return
     if args.num_envs % world_size:
         stop(f"error: --num-envs {args.num_envs}: must be a multiple of {world_size} processes")
+    backend = "gloo"  # for what is on the CPU, such as the episodes of all games
     if torch.cuda.is_available() and args.device in ("auto", "cuda"):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group(timeout=datetime.timedelta(days=7))  # evaluations may take long
-    atexit.register(dist.destroy_process_group)
+        place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= gpus:
+            stop(f"error: only {gpus} GPUs: start as many processes, or use --device cpu")
+        torch.cuda.set_device(place)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # evaluations take long
 
 
 def my_games(args: Args) -> slice:
@@ -1083,7 +1088,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        stop(f"error: another process of this run has ended; use --resume: {error!r:.100}", 1)
+        reason = "perhaps because one of them has ended; then use --resume"
+        stop(f"error: the processes cannot exchange data, {reason}: {error}", 1)
 
 
 def average_over_processes(tensors: list[Tensor]) -> None:
@@ -1123,7 +1129,11 @@ def to_first(value: Any) -> list[Any]:
 
 
 class AllGames:
-    """The games of all processes, which the first one saves and restores."""
+    """The games of all processes, which the first one saves and restores.
+
+    It tells the others what to do. (name, None): send this attribute of your games;
+    (name, values): set it, each its own part; None: there is no more to do, go on.
+    """
 
     def __init__(self, envs: VectorEnv) -> None:
         self.mine = envs
@@ -1146,6 +1156,10 @@ class LeadingRun(Run):
     def __init__(self, args: Args, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
         super().__init__(args, device, AllGames(envs), state, policy)
 
+    def again(self, flag: str = "--resume") -> str:
+        launcher = f"torchrun --nproc-per-node {dist.get_world_size()}"
+        return super().again(flag).replace("python", launcher, 1)
+
     def restore(self) -> int:
         super().restore()
         from_first(None)
@@ -1153,20 +1167,27 @@ class LeadingRun(Run):
 
     def begin(self) -> None:
         super().begin()
-        from_first({name: part.state_dict() for name, part in self.state.items()})
+        saved = io.BytesIO()  # not the state itself: tensors would stay on this process's GPU
+        torch.save({name: part.state_dict() for name, part in self.state.items()}, saved)
+        from_first(saved.getvalue())
 
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
         found = to_first((self.episodes, self.signal))
         self.episodes = [episode for episodes, _ in found for episode in episodes]
-        self.signal = self.signal or max(number for _, number in found)
+        if not self.signal and any(number for _, number in found):
+            self.on_signal(max(number for _, number in found), None)
         super().end_iteration(global_step, metrics)
         from_first(None)
+
+    def finish(self) -> None:
+        super().finish()
+        dist.destroy_process_group()
 
 
 class FollowingRun:
     """The run in any other process, which does what the first one asks for."""
 
-    def __init__(self, args: Args, device: Any, envs: VectorEnv, state: dict, policy: Any) -> None:
+    def __init__(self, args: Args, device: Any, envs: VectorEnv, state: dict, _: Any) -> None:
         self.args, self.state = args, state
         self.envs = envs
         self.episodes, self.signal = [], 0
@@ -1190,8 +1211,9 @@ class FollowingRun:
         return from_first()
 
     def begin(self) -> None:
-        for name, saved in from_first().items():
-            self.state[name].load_state_dict(saved)
+        saved = torch.load(io.BytesIO(from_first()), map_location="cpu", weights_only=True)
+        for name, part in self.state.items():
+            part.load_state_dict(saved[name])
 
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
         to_first((self.episodes, self.signal))
@@ -1199,6 +1221,7 @@ class FollowingRun:
         self.obey()
 
     def finish(self) -> None:
+        dist.destroy_process_group()
         close(self.envs)
 
 
