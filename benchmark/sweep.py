@@ -1,7 +1,7 @@
 """Run a suite: scripts x environments x seeds, each a process of its own; safe to kill and repeat.
 
     python -m benchmark.sweep mujoco
-    python -m benchmark.sweep mujoco --scripts ppo_continuous --env-ids Hopper-v5 --seeds 3
+    python -m benchmark.sweep mujoco --scripts ppo_continuous --env-ids Hopper-v5 --num-seeds 3
     python -m benchmark.sweep mujoco --dry-run
 
 Started again it skips what is complete, resumes what has a checkpoint and tries failures again.
@@ -13,6 +13,7 @@ import collections
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -45,7 +46,9 @@ class Options:
     env_ids: tuple[str, ...] = ()
     """These environments instead of the suite's."""
     seeds: str = ""
-    """How many seeds (5), or which (11-15 or 3,7,9); by default the suite's."""
+    """Which seeds: one (21), a range (11-15), a list (3,7,9); by default the suite's."""
+    num_seeds: int | None = None
+    """How many seeds: the first of the suite, and numbers after its last if it has not so many."""
     args: str = ""
     """More arguments for every job, as one word: --args="--compile --total-timesteps 2e6"."""
     run_root: Path | None = None
@@ -68,6 +71,10 @@ class Options:
     """GPUs that Ray keeps for a job; 0.25 lets four jobs share one."""
 
 
+SUITE_KEYS = ("seeds", "runs")
+GROUP_KEYS = ("name", "scripts", "env_ids", "args", "grid")
+
+
 def wrong(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -82,12 +89,22 @@ def read_suite(name: str) -> dict:
     known = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
     try:
         suite = tomllib.loads(path.read_text())
+        for keys, known_keys in [(suite, SUITE_KEYS), *((x, GROUP_KEYS) for x in suite["runs"])]:
+            if unknown := sorted(keys.keys() - set(known_keys)):
+                wrong(f"suite {path}: unknown {unknown[0]}: there are {', '.join(known_keys)}")
         for group in suite["runs"]:
             for words in (group["scripts"], group["env_ids"], group.setdefault("args", [])):
                 if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                     wrong(f"suite {path}: scripts, env_ids and args are lists of strings")
             if not re.fullmatch(r"[\w .+-]*", group.setdefault("name", "")):
                 wrong(f"suite {path}: name {group['name']}: letters, digits and spaces, please")
+            for flag, values in group.get("grid", {}).items():
+                if not isinstance(values, list) or not re.fullmatch(r"[a-z-]+", flag):
+                    wrong(f"suite {path}: grid has a list of values for each flag, without --")
+            for script in group["scripts"]:
+                if not (ROOT / f"{script}.py").exists():
+                    wrong(f"suite {path}: there is no {ROOT / script}.py")
+        suite["runs"] = [part for group in suite["runs"] for part in expand(group)]
         titles = [
             (script, title(env_id, group["name"]))
             for group in suite["runs"]
@@ -97,8 +114,8 @@ def read_suite(name: str) -> dict:
         for (script, env), count in collections.Counter(titles).items():
             if count > 1:
                 wrong(f"suite {path}: {script} on {env} stands there twice: give one a name")
-        if not all(type(seed) is int for seed in suite["seeds"]):
-            wrong(f"suite {path}: seeds is a list of whole numbers")
+        if not all(type(seed) is int and 0 <= seed < 2**32 for seed in suite["seeds"]):
+            wrong(f"suite {path}: seeds is a list of whole numbers from 0 on")
         return suite
     except FileNotFoundError:
         wrong(f"no suite {name}: there are {known}, or give the path of a .toml file")
@@ -111,24 +128,40 @@ def title(env_id: str, name: str) -> str:
     return f"{env_id}, {name}" if name else env_id
 
 
-def parse_seeds(text: str, default: list[int]) -> list[int]:
-    """ "5": the first five of the suite, counting on after its last; "11-15" and "3,7": those."""
-    try:
-        if not text:
-            return default
-        if text.isdecimal():
-            more = range(max(default, default=0) + 1, max(default, default=0) + 1 + int(text))
-            seeds = [*default, *more][: int(text)]
-        else:
-            seeds = []
-            for part in filter(None, text.split(",")):
-                first, _, last = part.partition("-")
-                seeds += range(int(first), int(last or first) + 1)
-        if seeds:
-            return list(dict.fromkeys(seeds))
-    except ValueError:
-        pass
-    wrong(f"--seeds {text}: how many (5), a range (11-15) or a list (3,7,9)")
+def choose_seeds(options: Options, default: list[int]) -> list[int]:
+    """The suite's seeds, or what --seeds or --num-seeds make of them."""
+    if options.num_seeds is not None:
+        if options.num_seeds < 1 or options.seeds:
+            wrong(f"--num-seeds {options.num_seeds}: must be 1 or more, and without --seeds")
+        after = max(default, default=0) + 1
+        return [*default, *range(after, after + options.num_seeds)][: options.num_seeds]
+    if not options.seeds:
+        return default
+    seeds = []
+    for part in options.seeds.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            wrong(f"--seeds {options.seeds}: one (21), a range (11-15) or a list (3,7,9)")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def expand(group: dict) -> list[dict]:
+    """A group with a grid as one named group for each combination of the grid's values."""
+    grid = group.pop("grid", {})
+    groups = []
+    for values in itertools.product(*grid.values()):
+        names, more = [group["name"]], []
+        for flag, value in zip(grid, values, strict=True):
+            if isinstance(value, bool):
+                names.append(flag if value else f"no-{flag}")
+                more.append(f"--{names[-1]}")
+            else:
+                names.append(f"{flag} {value}")
+                more += [f"--{flag}", str(value)]
+        name = " ".join(filter(None, names))
+        groups.append(group | {"name": name, "args": [*group["args"], *more]})
+    return groups
 
 
 def load_script(name: str):
@@ -171,29 +204,26 @@ def check_environment(env_id: str) -> None:
 def plan(options: Options) -> list[Job]:
     """The jobs in order: seeds innermost, so that a table fills row by row."""
     suite = read_suite(options.suite)
-    groups, here = suite["runs"], {path.stem for path in ROOT.glob("*.py")}
+    groups = suite["runs"]
     names = list(dict.fromkeys(name for group in groups for name in group["scripts"]))
     for name in options.scripts:
         if name.removesuffix(".py") not in names:
             wrong(f"--scripts {name}: the suite has {', '.join(names)}")
-        if name.removesuffix(".py") not in here:
-            wrong(f"--scripts {name}: there is no {ROOT / name}.py")
     chosen = [name.removesuffix(".py") for name in options.scripts] or names
-    if missing := [name for name in chosen if name not in here]:
-        print(f"left out, not written yet: {', '.join(missing)}", file=sys.stderr)
+    seeds = choose_seeds(options, suite["seeds"])
     known = {env_id for group in groups for env_id in group["env_ids"]}
     extra = [*shlex.split(options.args), *(["--track"] if options.track else [])]
     root = (options.run_root or Path("runs") / Path(options.suite).stem).absolute()
     planned = {}
     for group in groups:
-        for script in (name for name in group["scripts"] if name in chosen and name in here):
+        for script in (name for name in group["scripts"] if name in chosen):
             wanted = [env for env in options.env_ids if env in group["env_ids"] or env not in known]
             for env_id in wanted if options.env_ids else group["env_ids"]:
                 check_environment(env_id)
                 arguments = [*group["args"], *extra]
                 resolved = resolve(script, ["--env-id", env_id, *arguments])
                 code = jobs.hash_of(ROOT / f"{script}.py")
-                for seed in parse_seeds(options.seeds, suite["seeds"]):
+                for seed in seeds:
                     name = f"{title(env_id, group['name'])}__{script}__{seed}"
                     folder = root / name.replace("/", "-")
                     text = json.dumps(resolved | {"seed": seed})

@@ -455,3 +455,23 @@ def test_precision(script):
     assert all(x.dtype == torch.float32 for x in values.values())
     torch.testing.assert_close(values["medium"], values["highest"], rtol=0, atol=0.01)
     assert 1e-5 < (values["bfloat16"] - values["highest"]).abs().max() < 0.01
+
+
+def test_evaluation_plays_the_squashed_mean(tmp_path, monkeypatch):
+    """Not the mean of the Gaussian, which clipping would hide: small ones differ by little."""
+    module, seen = load("sac"), []
+    evaluate = module.Run.evaluate
+
+    def look(self):
+        actor = self.state["actor"]
+        with torch.no_grad():
+            list(actor.parameters())[-1][0] += 0.5  # the bias of the mean
+            obs = np.array([1.0, 0.0, 0.0], np.float32)
+            mean, _ = actor(torch.from_numpy(obs)[None])
+        seen.append((self.policy(obs), 2 * mean[0].tanh().numpy()))
+        evaluate(self)
+
+    monkeypatch.setattr(module.Run, "evaluate", look)
+    run("sac", "--run-dir", tmp_path / "r")
+    ((action, expected),) = seen
+    assert action == pytest.approx(expected, rel=1e-4) and abs(expected) > 0.5

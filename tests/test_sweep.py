@@ -33,7 +33,7 @@ def suite(folder, env_ids=("Pendulum-v1",), seeds=(1, 2), steps=512, more=""):
     path = Path(folder) / "small.toml"
     args = f"{SHORT} --total-timesteps {steps} {more}".split()
     path.write_text(
-        f"seeds = {list(seeds)}\n[[runs]]\nscripts = ['ppo_continuous', 'not_yet']\n"
+        f"seeds = {list(seeds)}\n[[runs]]\nscripts = ['ppo_continuous']\n"
         f"env_ids = {list(env_ids)}\nargs = {args}\n"
     )
     return path
@@ -128,7 +128,7 @@ def processes(root):
 
 def test_a_sweep_completes_and_a_second_one_has_nothing_to_do(tmp_path):
     first = sweep(suite(tmp_path), "--run-root", tmp_path / "r")
-    assert "2 of 2 complete" in first.stdout and "not written yet: not_yet" in first.stderr
+    assert "2 of 2 complete" in first.stdout
     before = {f: (f / "metrics.jsonl").read_bytes() for f in folders(tmp_path / "r")}
     again = sweep(suite(tmp_path), "--run-root", tmp_path / "r")
     assert "2 complete, 0 to resume, 0 to start" in again.stdout
@@ -138,16 +138,16 @@ def test_a_sweep_completes_and_a_second_one_has_nothing_to_do(tmp_path):
 
 def test_commands_of_a_dry_run_can_be_pasted(tmp_path):
     root = tmp_path / "r"
-    printed = plan(suite(tmp_path), "--run-root", root, "--dry-run", "--seeds", 2).stdout
+    printed = plan(suite(tmp_path), "--run-root", root, "--dry-run", "--num-seeds", 2).stdout
     lines = printed.splitlines()
     assert len(lines) == 2 and not root.exists()
     for line in lines:
         assert line.startswith("python ppo_continuous.py --env-id Pendulum-v1 --seed ")
         pasted = [sys.executable, *shlex.split(line)[1:]]
         subprocess.run(pasted, cwd=ROOT, env=environ(), check=True, capture_output=True)
-    again = plan(suite(tmp_path), "--run-root", root, "--dry-run", "--seeds", 2).stdout
+    again = plan(suite(tmp_path), "--run-root", root, "--dry-run", "--num-seeds", 2).stdout
     assert again.splitlines() == [f"# complete: {line}" for line in lines]
-    assert "2 of 2 complete" in plan(suite(tmp_path), "--run-root", root, "--seeds", 2).stdout
+    assert "2 of 2 complete" in plan(suite(tmp_path), "--run-root", root, "--num-seeds", 2).stdout
     assert not (root / "logs").exists()  # nothing was started
 
 
@@ -159,8 +159,9 @@ def test_overrides(tmp_path):
         return [int(shlex.split(line)[5]) for line in commands(*arguments)]
 
     assert seeds() == [4, 9]
-    assert seeds("--seeds", "1") == [4]
-    assert seeds("--seeds", "4") == [4, 9, 10, 11]
+    assert seeds("--num-seeds", "1") == [4]
+    assert seeds("--num-seeds", "4") == [4, 9, 10, 11]
+    assert seeds("--seeds", "21") == [21]  # one seed, not so many
     assert seeds("--seeds", "11-13,20") == [11, 12, 13, 20]
     assert all("--env-id probes:" in x for x in commands("--env-ids", "probes:Probe-v0"))
     assert all(line.endswith("--gamma 0.5") for line in commands("--args=--gamma 0.5"))
@@ -190,16 +191,55 @@ def test_a_group_can_have_a_name(tmp_path):
     assert "name ../x" in plan(path, "--run-root", root, "--dry-run", code=2).stderr
 
 
+def test_a_grid_is_a_named_group_for_each_combination(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        "seeds = [1, 2]\n[[runs]]\nscripts = ['ppo_continuous']\nenv_ids = ['Pendulum-v1']\n"
+        "name = 'my'\nargs = ['--num-envs', '2']\n"
+        "grid = {gamma = [0.9, 0.99], norm-obs = [true, false]}\n"
+    )
+    lines = plan(path, "--run-root", tmp_path / "r", "--dry-run").stdout.splitlines()
+    assert len(lines) == 8 and all("--num-envs 2 --gamma 0.9" in line for line in lines)
+    first, last = shlex.split(lines[0]), shlex.split(lines[-1])
+    assert "Pendulum-v1, my gamma 0.9 norm-obs__ppo_continuous__1" in first[7]
+    assert first[-3:] == ["--gamma", "0.9", "--norm-obs"]
+    assert "Pendulum-v1, my gamma 0.99 no-norm-obs__ppo_continuous__2" in last[7]
+    assert last[-3:] == ["--gamma", "0.99", "--no-norm-obs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("arg = ['--gamma', '0.9']", "unknown arg: there are name, scripts, env_ids, args, grid"),
+        ("seeds = [3]", "unknown seeds"),
+        ("grid = {gamma = 0.9}", "grid has a list of values"),
+        ("grid = {--gamma = [0.9]}", "grid has a list of values"),
+        ("grid = {gama = [0.9]}", "refuses"),
+        ("scripts = ['ppo_continous']", "there is no"),
+    ],
+)
+def test_mistakes_in_a_suite(tmp_path, text, said):
+    path, scripts = tmp_path / "mine.toml", "scripts = ['ppo_continuous']\n"
+    group = ("" if "scripts" in text else scripts) + f"env_ids = ['Pendulum-v1']\n{text}\n"
+    path.write_text(f"seeds = [1]\n[[runs]]\n{group}")
+    done = plan(path, "--run-root", tmp_path / "r", code=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last and not (tmp_path / "r").exists()
+    path.write_text(f"seeds = [-1]\n[[runs]]\n{scripts}env_ids = ['Pendulum-v1']\n")
+    assert "from 0 on" in plan(path, "--run-root", tmp_path / "r", code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["nowhere"], "no suite nowhere: there are atari, classic, mujoco, npg, pong, smoke"),
         (["SUITE", "--scripts", "sac2"], "--scripts sac2"),
-        (["SUITE", "--scripts", "not_yet"], "there is no"),
         (["SUITE", "--env-ids", "NoSuchEnv-v0"], "NoSuchEnv"),
         (["SUITE", "--env-ids", "no_module:Env-v0"], "no_module"),
         (["SUITE", "--seeds", "few"], "--seeds few"),
-        (["SUITE", "--seeds", "0"], "--seeds 0"),
+        (["SUITE", "--seeds", "5-3"], "--seeds 5-3"),
+        (["SUITE", "--num-seeds", "0"], "--num-seeds 0"),
+        (["SUITE", "--num-seeds", "2", "--seeds", "3"], "--num-seeds 2"),
         (["SUITE", "--workers", "0"], "--workers"),
         (["SUITE", "--args=--no-such-flag 1"], "refuses"),
         (["SUITE", "--args=--gamma 7"], "refuses"),
