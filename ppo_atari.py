@@ -114,7 +114,7 @@ class Args:
     episodic_life: bool = True
     """Atari: learn as if a lost life ended the episode; the game goes on."""
     fire_reset: bool = True
-    """Atari: press FIRE at the start of a game that waits for it (not after a lost life)."""
+    """Atari: press FIRE at the start of a game, and after a lost life, as Baselines does."""
 
     # Run
     seed: Count = 1
@@ -502,6 +502,26 @@ class AtariGame(gym.Env):
         return np.repeat(self.frames[-1][:, :, None], 3, axis=2)
 
 
+class FiringGame(AtariGame):
+    """A game that presses FIRE, if it has that action, before it goes on after a lost life.
+
+    Breakout waits for it. Without it, the deterministic policy may wait until the time limit.
+    """
+
+    def __init__(self, args: Args, render_mode: str | None) -> None:
+        super().__init__(args, render_mode)
+        names = [action.name for action in self.game.ale.get_action_set()]
+        self.fire = names.index("FIRE") if "FIRE" in names else None
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        lives = self.lives
+        obs, reward, termination, truncation, info = super().step(action)
+        if self.fire is None or self.lives >= lives or termination or truncation:
+            return obs, reward, termination, truncation, info
+        obs, more, termination, truncation, info = super().step(np.array(self.fire))
+        return obs, reward + more, termination, truncation, info
+
+
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One game."""
     with making(args):
@@ -512,7 +532,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             raise gym.error.NameNotFound(f"this script plays games, such as ALE/{game}-v5")
         fire_reset = {"use_fire_reset": args.fire_reset}
         game_args = dataclasses.replace(args, env_kwargs=fire_reset | args.env_kwargs)
-        return ReplayableEnv(AtariGame(game_args, render_mode))
+        game = FiringGame if args.fire_reset else AtariGame
+        return ReplayableEnv(game(game_args, render_mode))
 
 
 # ---- Run infrastructure: the same bytes in every script ------------------------------------------

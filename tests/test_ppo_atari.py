@@ -67,7 +67,7 @@ class ProbeGame(gym.Env):
 def learn(folder, monkeypatch, *arguments, code=0, **attributes):
     """Play a game with these attributes. Returns the last mean value, and V of black and white."""
     module = load("ppo_atari")
-    monkeypatch.setattr(module, "AtariGame", type("Game", (ProbeGame,), attributes))
+    monkeypatch.setattr(module, "FiringGame", type("Game", (ProbeGame,), attributes))
     words = ["--run-dir", folder, "--device", "cpu"]
     done = run("ppo_atari", *LEARN, *arguments, *words, quick=False, code=code)
     if code:
@@ -198,19 +198,39 @@ def test_actions_are_sampled_from_the_policy(tmp_path, monkeypatch):
     assert np.mean(actions) == pytest.approx(expected, abs=0.05)
 
 
-def test_options_of_the_games():
-    module = load("ppo_atari")
-    for fire, kwargs, expected in ((True, {}, True), (False, {}, False), (False, FIRE, True)):
-        args = module.Args(env_id="ALE/Breakout-v5", fire_reset=fire, env_kwargs=kwargs)
-        made = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "AtariGame", lambda args, mode, made=made: made.append(args))
-            patch.setattr(module, "ReplayableEnv", lambda env: env)
-            module.make_env(args)
-        assert made[0].env_kwargs["use_fire_reset"] is expected
-
-
 FIRE = {"use_fire_reset": True}
+
+
+@pytest.mark.parametrize(
+    "fire, kwargs, expected", [(True, {}, True), (False, {}, False), (False, FIRE, True)]
+)
+def test_fire_at_the_start_of_a_game(fire, kwargs, expected, monkeypatch):
+    module, made = load("ppo_atari"), []
+    for name in ("FiringGame", "AtariGame"):
+        monkeypatch.setattr(module, name, lambda args, mode, name=name: made.append((name, args)))
+    monkeypatch.setattr(module, "ReplayableEnv", lambda env: env)
+    module.make_env(module.Args(env_id="ALE/Breakout-v5", fire_reset=fire, env_kwargs=kwargs))
+    ((name, args),) = made
+    assert args.env_kwargs["use_fire_reset"] is expected
+    assert name == ("FiringGame" if fire else "AtariGame")
+
+
+@pytest.mark.parametrize("fire", [True, False])
+def test_fire_after_a_lost_life(fire):
+    """Who never presses it loses all lives of Breakout with it, and one without it."""
+    module = load("ppo_atari")
+    env = module.make_env(module.Args(env_id="ALE/Breakout-v5", fire_reset=fire), None)
+    env.reset(seed=1)
+    assert env.unwrapped.lives == 5
+    if not fire:
+        env.step(np.array(1))
+    ended = any(env.step(np.array(0))[2] for _ in range(400))
+    assert ended == fire and (fire or env.unwrapped.lives == 4)
+    env.close()
+    env = module.make_env(module.Args(env_id="ALE/Freeway-v5"), None)  # which has no such action
+    env.reset(seed=1)
+    assert env.unwrapped.fire is None and env.step(np.array(1))[2] is False
+    env.close()
 
 
 @pytest.mark.parametrize(
