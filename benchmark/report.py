@@ -246,9 +246,16 @@ def families(rows: list[Row], whole_suites: bool = False) -> list[list[Row]]:
     return [part for part in [*found, rest] if part]
 
 
-def common(scores: dict[str, dict]) -> list[str]:
-    """The environments that every script has."""
-    return sorted(set.intersection(*(set(envs) for envs in scores.values())))
+def comparable(rows: list[Row]) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """The normalised scores of the scripts that have most environments, and those that all have.
+
+    A script with less than half as many as another would leave nearly none to compare.
+    """
+    scores = normalised(rows)
+    most = max(map(len, scores.values()), default=0)
+    scores = {script: envs for script, envs in scores.items() if 2 * len(envs) >= most}
+    every = [set(envs) for envs in scores.values()]
+    return scores, sorted(set.intersection(*every)) if every else []
 
 
 def own(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
@@ -262,8 +269,7 @@ def own(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
 
 def aggregates(rows: list[Row]) -> str:
     """IQM and mean of normalised scores over the environments of all scripts; "" without scores."""
-    scores = normalised(rows)
-    shared = common(scores) if scores else []
+    scores, shared = comparable(rows)
     if len(shared) < 2:
         return ""
     lines = [
@@ -283,8 +289,11 @@ def aggregates(rows: list[Row]) -> str:
             cells.append(f"{value:.2f}{bracket(low, high, parts)}")
         share = np.mean([(x >= 1).mean() for x in parts])
         lines.append(f"| `{script}.py` | {cells[0]} | {cells[1]} | {share:.0%} |")
-    reasons = {}
+    few = {row.script: "too few environments" for row in rows if row.script not in scores}
+    reasons = {f"{script}.py": reason for script, reason in few.items()}
     for row in rows:
+        if row.script in few:
+            continue
         if row.env_id not in shared and row.done:
             missing = [f"{name}.py" for name in scores if row.env_id not in own(rows).get(name, {})]
             known = any(row.env_id in envs for envs in scores.values())
@@ -432,8 +441,7 @@ def draw_profiles(rows: list[Row], path: Path) -> None:
     thresholds, shown = np.linspace(0, 2, 201), {}
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 3.6), squeeze=False)
     for axis, family in zip(axes.flat, panels, strict=True):
-        scores = normalised(family)
-        shared = common(scores)
+        scores, shared = comparable(family)
         for script, envs in scores.items():
             parts = [envs[env_id] for env_id in shared]
             color = COLORS[names.index(script) % len(COLORS)]

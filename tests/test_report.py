@@ -312,6 +312,20 @@ def test_unequal_seeds_and_what_is_left_out_are_named(tmp_path):
     assert re.search(r"\| `sac.py` \| -?\d\.\d\d \| -?\d\.\d\d \| 33% \|", text)
 
 
+def test_a_script_with_few_environments_does_not_hide_the_others(tmp_path):
+    for script, env_ids in (
+        ("ppo_continuous", ("Hopper-v5", "Reacher-v5", "Walker2d-v5")),
+        ("sac", ("Hopper-v5", "Reacher-v5", "Walker2d-v5")),
+        ("ddpg", ("Hopper-v5",)),
+    ):
+        for env_id in env_ids:
+            folder = tmp_path / "runs" / f"{env_id}{script}"
+            fake(folder, env_id, 1, 1.0, f"y = '{script}'\n", script=f"{script}.py")
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Over 3 environments" in text and "Left out: ddpg.py (too few environments)." in text
+
+
 def test_an_environment_of_two_suites_counts_once():
     rows = [SimpleNamespace(env_id=name) for name in ("ALE/Pong-v5", "Hopper-v5", "Mine-v0")]
     assert report.families(rows) == [[rows[0]], [rows[1]], [rows[2]]]
