@@ -186,7 +186,7 @@ def each_run(rows: list[Row]) -> str:
     for row in rows:
         cells = []
         for run in row.runs:
-            final = f"unfinished at step {run['steps']:,}"
+            final = run.get("failed") or f"unfinished at step {run['steps']:,}"
             if run["eval"]:
                 std = number(run["eval"]["episodic_return_std"])
                 final = f"{number(run['eval']['episodic_return'])} ± {std}"
@@ -197,15 +197,16 @@ def each_run(rows: list[Row]) -> str:
 
 
 def unfinished(rows: list[Row]) -> str:
-    """A line for every run that did not finish."""
-    lines = [
-        f"- {row.script}.py {row.env_id}{row.label} seed {run['args']['seed']}:"
-        f" unfinished at step {run['steps']:,} of {run['args']['total_timesteps']:,}"
-        for row in rows
-        for run in row.runs
-        if not run["eval"]
-    ]
-    return "\n".join(["Not finished, and not in the numbers:\n", *lines, ""]) if lines else ""
+    """A line for every run that did not finish, or failed."""
+    lines = []
+    for row in rows:
+        for run in row.runs:
+            total = run["args"]["total_timesteps"]
+            what = run.get("failed") or f"unfinished at step {run['steps']:,} of {total:,}"
+            if not run["eval"]:
+                name = f"{row.script}.py {row.env_id}{row.label} seed {run['args']['seed']}"
+                lines.append(f"- {name}: {what}")
+    return "\n".join(["Not in the numbers:\n", *lines, ""]) if lines else ""
 
 
 # ---- Over environments: normalised scores --------------------------------------------------------

@@ -106,7 +106,8 @@ def read_metrics(path: Path) -> list[dict]:
 def read_run(run_dir: Path) -> dict:
     """One run: what args.json says, with curve, evaluation, code hash and wall time.
 
-    "eval" is None where the run did not finish. Raises: ValueError, naming what is wrong.
+    "eval" is None where the run did not finish, or where its return is not finite: "failed" then
+    says so. Raises: ValueError, naming what is wrong.
     """
     try:
         run = json.loads((run_dir / "args.json").read_text())
@@ -122,10 +123,13 @@ def read_run(run_dir: Path) -> dict:
         raise ValueError(f"{run_dir}: not a whole run: {error!r}") from None
     last = lines[-1] if lines else {"global_step": 0, "wall_time": 0.0}
     final = {key[5:]: value for key, value in last.items() if key.startswith("eval/")}
+    done = last["global_step"] >= total and "episodes" in final
+    failed = "the return of its evaluation is not finite"
     return run | {
         "steps": last["global_step"],
         "wall_time": round(last["wall_time"], 1),
-        "eval": final if last["global_step"] >= total and "episodic_return" in final else None,
+        "eval": final if done and "episodic_return" in final else None,
+        "failed": failed if done and "episodic_return" not in final else None,
         "curve": thin(lines, max(total, last["global_step"])),
     }
 

@@ -197,6 +197,17 @@ def test_unfinished_runs_are_shown(tmp_path):
     assert "seed 2: unfinished at step 500 of 1,000" in text
 
 
+def test_a_return_that_is_not_finite_is_a_failure(tmp_path):
+    """Metrics leave out what is not finite; the run is over all the same."""
+    folder = fake(tmp_path / "run") / "metrics.jsonl"
+    text = folder.read_text().replace('"eval/episodic_return": 100.0, ', "")
+    folder.write_text(text)
+    make(tmp_path / "run", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| 0 of 1 |" in rows_of(text)[0] and "unfinished" not in text
+    assert "seed 1: the return of its evaluation is not finite" in text
+
+
 def test_an_evaluation_in_between_is_not_the_final_one(tmp_path):
     fake(tmp_path / "run", total_timesteps=2000)
     make(tmp_path / "run", out=tmp_path / "out")
