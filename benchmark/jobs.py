@@ -19,13 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from benchmark.results import ROOT, code_hash
+from benchmark.results import ROOT, code_hash, relevant
 
 USERS_MISTAKE, NOT_FINITE = 2, 3  # exit codes of the scripts that a second try would repeat
-NEUTRAL = set(  # arguments that leave the numbers alone
-    """run_dir resume evaluate track wandb_project_name wandb_entity capture_video
-    checkpoint_frequency eval_frequency async_envs""".split()
-)
 
 
 @dataclass(frozen=True)
@@ -71,10 +67,6 @@ def last_metrics(folder: Path) -> dict:
         return json.loads(tail(folder / "metrics.jsonl")[-1])
     except (IndexError, ValueError):
         return {}
-
-
-def relevant(arguments: dict) -> dict:
-    return {key: value for key, value in arguments.items() if key not in NEUTRAL}
 
 
 def status(job: Job) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import stats
-from benchmark.jobs import relevant
 from benchmark.results import (
     RESULTS,
     ROOT,
@@ -26,6 +25,7 @@ from benchmark.results import (
     load,
     read_run,
     references,
+    relevant,
     run_folders,
 )
 
@@ -43,6 +43,7 @@ ALGORITHMS = {
 BEGIN, END = "<!-- results: python -m benchmark.report -->", "<!-- end of results -->"
 # Okabe and Ito's colours, told apart by everybody; black and grey are for other people's results
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+LIBRARIES = ("torch", "gymnasium", "mujoco", "ale_py")
 BLACK, GREY = "#000000", "#777777"
 SUITES = ROOT / "benchmark" / "suites"
 
@@ -51,12 +52,13 @@ SUITES = ROOT / "benchmark" / "suites"
 
 
 class Row:
-    """Runs that differ in nothing but the seed: same script, code, environment and arguments."""
+    """Runs that differ in nothing but the seed: same script, code, libraries, arguments."""
 
     def __init__(self, runs: list[dict]) -> None:
         self.runs = sorted(runs, key=lambda run: run["args"]["seed"])
         self.script, self.env_id = Path(runs[0]["script"]).stem, title(runs[0])
         self.code, self.arguments = runs[0]["code_hash"], same_for_all_seeds(runs[0])
+        self.libraries = libraries(runs[0])
         self.done = [run for run in self.runs if run["eval"]]
         self.finals = np.array([run["eval"]["episodic_return"] for run in self.done])
         self.note = ""  # what tells it from other rows of its script and environment
@@ -79,20 +81,26 @@ def title(run: dict) -> str:
     return run.get("title", run["args"]["env_id"])
 
 
+def libraries(run: dict) -> dict:
+    """The versions of those libraries that numbers may depend on."""
+    return {name: run.get("versions", {}).get(name) for name in LIBRARIES}
+
+
 def same_for_all_seeds(run: dict) -> dict:
     arguments = relevant(run["args"])
     return {key: value for key, value in arguments.items() if key not in ("seed", "env_id")}
 
 
 def group(runs: list[dict]) -> list[Row]:
-    """Rows in order of script and environment; runs of different code or arguments never share one.
+    """Rows in order of script and environment, for runs of the same code, libraries and arguments.
 
     Where a script and environment have several rows, each says what sets it apart.
     """
     groups = defaultdict(list)
     for run in runs:
         arguments = json.dumps(same_for_all_seeds(run), sort_keys=True)
-        groups[run["script"], title(run), run["code_hash"], arguments].append(run)
+        key = run["code_hash"], json.dumps(libraries(run)), arguments
+        groups[run["script"], title(run), *key].append(run)
     rows = [Row(members) for _, members in sorted(groups.items())]
     together = defaultdict(list)
     for row in rows:
@@ -103,6 +111,9 @@ def group(runs: list[dict]) -> list[Row]:
         for row in several if len(several) > 1 else []:
             notes = [f"{key}={row.arguments.get(key)}" for key in differ]
             notes += [f"code {row.code[:8]}"] if len({r.code for r in several}) > 1 else []
+            for name in LIBRARIES:
+                if len({r.libraries[name] for r in several}) > 1:
+                    notes.append(f"{name} {row.libraries[name]}")
             row.note = ", ".join(notes)
     return rows
 

@@ -22,6 +22,10 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
 POINTS = 100  # of a thinned curve
+NEUTRAL = set(  # arguments that leave the numbers alone
+    """run_dir resume evaluate track wandb_project_name wandb_entity capture_video
+    checkpoint_frequency eval_frequency async_envs""".split()
+)
 
 
 # What of the run infrastructure the numbers of a run depend on, and calls that only say something.
@@ -54,6 +58,11 @@ def code_hash(path: Path) -> str:
             node.args = [part for part in node.args if not isinstance(part, ast.JoinedStr)]
             node.args = [part for part in node.args if not isinstance(part, ast.Constant)]
     return hashlib.sha256("".join(map(ast.dump, kept)).encode()).hexdigest()
+
+
+def relevant(arguments: dict) -> dict:
+    """What the numbers of a run depend on."""
+    return {key: value for key, value in arguments.items() if key not in NEUTRAL}
 
 
 def names(node: ast.AST) -> set[str]:
@@ -154,13 +163,21 @@ def run_folders(paths: Iterable[Path]) -> list[Path]:
 
 
 def collect(run_dir: Path) -> Path:
-    """Add one run to the results. Raises: ValueError if it is not a whole run."""
+    """Add one run to the results.
+
+    Raises: ValueError if it is not a whole run, or would replace one of other arguments.
+    """
     run = read_run(run_dir)
     args, curve = run["args"], run.pop("curve")
     folder = RESULTS / Path(run["script"]).stem / run["title"].replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
     meta = folder / "meta.json"
     runs = json.loads(meta.read_text()) if meta.exists() else {}
+    if old := runs.get(str(args["seed"])):
+        was, now = relevant(old["args"]), relevant(args)
+        if differ := [key for key in sorted(was | now) if was.get(key) != now.get(key)]:
+            said = ", ".join(f"{key} {was.get(key)} there, {now.get(key)} here" for key in differ)
+            raise ValueError(f"{run_dir}: {meta} has another run of this seed: {said}")
     runs[str(args["seed"])] = run | {"hardware": hardware()}
     runs = {seed: runs[seed] for seed in sorted(runs, key=int)}
     meta.write_text(json.dumps(runs, indent=1) + "\n")

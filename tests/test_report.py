@@ -181,6 +181,18 @@ def test_versions_and_arguments_are_never_mixed(tmp_path):
     assert not any("±" in row.split("|")[2] for row in rows)
 
 
+def test_library_versions_are_never_mixed(tmp_path):
+    for seed, version in enumerate(("3.3.0", "4.0.0"), 1):
+        folder = fake(tmp_path / "runs" / version, seed=seed, final=100.0 * seed)
+        about = json.loads((folder / "args.json").read_text())
+        about["versions"] = {"mujoco": version, "torch": "2.13.0"}
+        (folder / "args.json").write_text(json.dumps(about))
+    make(tmp_path / "runs", out=tmp_path / "out")
+    rows = rows_of((tmp_path / "out" / "report.md").read_text())[:2]
+    assert "mujoco 3.3.0" in rows[0] and "| 100 |" in rows[0] and "torch" not in rows[0]
+    assert "mujoco 4.0.0" in rows[1] and "| 200 |" in rows[1]
+
+
 def test_prose_and_neutral_arguments_do_not_split_a_row(tmp_path):
     fake(tmp_path / "runs" / "a", seed=1, final=100, track=True)
     fake(tmp_path / "runs" / "b", seed=2, final=300, track=False, code="x = 1  # why\n")
@@ -360,6 +372,16 @@ def test_collecting_is_reading(collected):
         assert {key: run[key] for key in fresh} == fresh | {"curve": run["curve"]}
         assert run["curve"] == [tuple(point) for point in fresh["curve"]]
         assert run["hardware"] and run["eval"]["episodic_return"] == 100 * seed
+
+
+def test_a_committed_run_of_other_arguments_is_not_replaced(collected):
+    meta = collected / "results" / "ppo_continuous" / "Hopper-v5" / "meta.json"
+    before = meta.read_text()
+    with pytest.raises(ValueError, match=r"another run of this seed: gamma 0\.99 there, 0\.5 here"):
+        results.collect(fake(collected / "other", seed=1, gamma=0.5))
+    assert meta.read_text() == before
+    results.collect(fake(collected / "again", seed=1, final=7.0, code="x = 2\n"))
+    assert json.loads(meta.read_text())["1"]["eval"]["episodic_return"] == 7
 
 
 def test_older_code_is_marked(collected, monkeypatch):
