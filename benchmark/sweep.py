@@ -99,7 +99,7 @@ def read_suite(name: str) -> dict:
             if not re.fullmatch(r"[\w .+-]*", group.setdefault("name", "")):
                 wrong(f"suite {path}: name {group['name']}: letters, digits and spaces, please")
             for flag, values in group.get("grid", {}).items():
-                if not isinstance(values, list) or not re.fullmatch(r"[a-z-]+", flag):
+                if not isinstance(values, list) or not re.fullmatch(r"[a-z][a-z-]*", flag):
                     wrong(f"suite {path}: grid has a list of values for each flag, without --")
             for script in group["scripts"]:
                 if not (ROOT / f"{script}.py").exists():

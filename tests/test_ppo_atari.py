@@ -267,7 +267,7 @@ def start(processes, *arguments, script=ROOT / "ppo_atari.py", **extra):
 
 
 def finish(process, code=0):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     return out, err
 
