@@ -294,6 +294,7 @@ def train(args: Args) -> None:
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     value_clip = args.clip_coef if args.clip_vloss else math.inf
+    batch_size = args.num_envs * args.num_steps
     mine = my_games(args)  # the other processes of torchrun, if any, play the rest
     dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
 
@@ -397,7 +398,7 @@ def train(args: Args) -> None:
             minibatch_metrics = []
             for t in times:
                 minibatch = [x[t].flatten(0, 1) for x in batch]
-                if args.norm_adv:
+                if args.norm_adv and batch_size > args.num_minibatches:  # one sample has no std
                     minibatch[3] = normalize(minibatch[3])  # the advantages
                 optimizer.zero_grad()
                 step_metrics = gradient_step(*minibatch)

@@ -154,7 +154,7 @@ def peer_speed(row: Row, library: str) -> float:
 
 def peers(pairs: int, only: str) -> None:
     """The same work as peers do, in alternating runs."""
-    print(f"{WORK} One thread but for the latter; median of {pairs} alternating rounds.\n")
+    print(f"{WORK} One thread elsewhere; median of {pairs} alternating rounds.\n")
     names = PEERS.values()
     print(f"| | our steps/s | {' | | '.join(f'{name} steps/s' for name in names)} | |")
     print("|---|---|" + "---|---|" * len(names))

@@ -475,3 +475,14 @@ def test_evaluation_plays_the_squashed_mean(tmp_path, monkeypatch):
     run("sac", "--run-dir", tmp_path / "r")
     ((action, expected),) = seen
     assert action == pytest.approx(expected, rel=1e-4) and abs(expected) > 0.5
+
+
+@each
+def test_the_learning_rates_fall_on_a_line(script, tmp_path):
+    """Of both optimizers, to 0 at the end of the run."""
+    run(script, "--run-dir", tmp_path / "r", "--anneal-lr", "--learning-rate", 0.004)
+    rates = [line["charts/learning_rate"] for line in training(tmp_path / "r")]
+    assert rates == pytest.approx([0.003, 0.002, 0.001, 0])
+    for name in ("actor_optimizer", "critic_optimizer"):
+        groups = checkpoint(tmp_path / "r")[name]["param_groups"]
+        assert [group["lr"] for group in groups] == [0]

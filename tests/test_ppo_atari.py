@@ -1,13 +1,11 @@
 """ppo_atari: what it learns, from games with known values, and several processes as one run."""
 
-import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import gymnasium as gym
 import numpy as np
@@ -26,6 +24,8 @@ from conftest import (
     same,
     training,
 )
+from test_faults import alive, children
+from test_resume import wait_for_step
 
 pytest.importorskip("ale_py")
 LEARN = """--num-envs 8 --num-steps 8 --num-minibatches 2 --total-timesteps 1024 --no-anneal-lr
@@ -142,9 +142,17 @@ def test_a_nan_stops_the_run_before_it_is_saved(tmp_path, monkeypatch):
 
 
 def test_the_learning_rate_falls_to_0(tmp_path, monkeypatch):
+    step, used = torch.optim.Adam.step, []
+
+    def look(optimizer, *arguments, **options):
+        used.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", look)
     learn(tmp_path, monkeypatch, "--anneal-lr", "--total-timesteps", 256)
     rates = [line["charts/learning_rate"] for line in training(tmp_path)]
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert used == pytest.approx(np.repeat(rates, 8))  # 4 epochs of 2 minibatches
 
 
 def test_it_logs_its_health(tmp_path, monkeypatch):
@@ -177,6 +185,14 @@ def test_minibatches_and_gradients(tmp_path, monkeypatch):
     assert [len(x) for x in seen] == [32] * 8 and np.allclose(norms, 1e-3, rtol=0.01)
     for x in seen:
         assert x.mean().abs() < 1e-5 and x.std(correction=0) == pytest.approx(1, abs=1e-3)
+
+
+def test_minibatches_of_one_sample(tmp_path, monkeypatch):
+    """Their advantage is not normalised, which would leave nothing of it."""
+    words = "--num-envs 1 --num-steps 4 --num-minibatches 4 --total-timesteps 4 --ent-coef 0"
+    learn(tmp_path, monkeypatch, *words.split(), "--vf-coef", 0)
+    (line,) = training(tmp_path)
+    assert abs(line["losses/policy_loss"]) > 1e-3 and line["losses/grad_norm"] > 0
 
 
 def test_actions_are_sampled_from_the_policy(tmp_path, monkeypatch):
@@ -272,27 +288,6 @@ def finish(process, code=0):
     return out, err
 
 
-def workers(process):
-    """The processes that train."""
-    words = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
-    return [int(x) for x in subprocess.run(words, capture_output=True, text=True).stdout.split()]
-
-
-def alive(pid):
-    with contextlib.suppress(OSError):
-        return open(f"/proc/{pid}/stat").read().split()[2] != "Z"
-    return False
-
-
-def wait_for_step(process, folder, step):
-    while True:
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            if metrics(folder)[-1]["global_step"] >= step:
-                return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A run of one process, and its folder."""
@@ -354,7 +349,7 @@ def test_a_killed_process_ends_the_others(killed, tmp_path):
     words = [*SMALL, "--total-timesteps", 10**6, "--checkpoint-frequency", 64]
     process = start(2, *words, "--run-dir", tmp_path / "r")
     wait_for_step(process, tmp_path / "r", 192)
-    processes = workers(process)
+    processes = children(process.pid)
     assert len(processes) == 2
     os.kill(processes[killed], signal.SIGKILL)
     out, err = process.communicate(timeout=60)

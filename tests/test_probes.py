@@ -163,6 +163,12 @@ def test_the_learning_rate_falls_on_a_line(script, tmp_path):
     rates = [x["charts/learning_rate"] for x in training(tmp_path)]
     start = {"ppo_continuous": 0.003, "a2c": 0.001, "reinforce": 0.01, "trpo": 0.003}[script]
     assert rates == pytest.approx([start * x for x in (1, 0.75, 0.5, 0.25)])
+    parts = checkpoint(tmp_path).items()
+    groups = [x for name, part in parts if "optimizer" in name for x in part["param_groups"]]
+    critic = 0.003 if script == "a2c" else start
+    assert groups  # and not only the log
+    for group in groups:
+        assert group["lr"] in (pytest.approx(start / 4), pytest.approx(critic / 4))
 
 
 @pytest.mark.parametrize("script", ["ppo_continuous", "a2c"])

@@ -124,13 +124,13 @@ def test_probability_of_improvement_by_hand():
 
 
 def test_the_interval_of_a_probability_against_every_resample():
-    """Three and two runs: 27 x 4 pairs of resamples, each as probable."""
-    x, y = np.array([1.0, 4.0, 6.0]), np.array([2.0, 4.0])
-    pairs = itertools.product(itertools.product(x, repeat=3), itertools.product(y, repeat=2))
+    """Four and three runs: 256 x 27 pairs of resamples, each as probable."""
+    x, y = np.array([5.0, 0.0, 1.0, 4.0]), np.array([1.5, 6.5, 4.0])
+    pairs = itertools.product(itertools.product(x, repeat=4), itertools.product(y, repeat=3))
     chances = [stats.better(np.array(a), np.array(b)) for a, b in pairs]
     expected = np.percentile(chances, [2.5, 97.5], method="inverted_cdf")
     value, low, high = stats.probability_of_improvement([x], [y])
-    assert value == pytest.approx((0 + 1.5 + 2) / 6)
+    assert value == pytest.approx((2 + 0 + 0 + 1.5) / 12)
     assert (low, high) == pytest.approx(expected)
 
 

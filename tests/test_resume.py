@@ -35,7 +35,7 @@ def start(script, *arguments, quick=True):
 
 def wait_for_step(process, folder, step):
     """Until the run has logged a step."""
-    for _ in range(3000):
+    for _ in range(12_000):
         try:
             if metrics(folder)[-1]["global_step"] >= step:
                 return

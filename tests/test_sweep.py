@@ -222,11 +222,11 @@ def test_mistakes_in_a_suite(tmp_path, text, said):
     path, scripts = tmp_path / "mine.toml", "scripts = ['ppo_continuous']\n"
     group = ("" if "scripts" in text else scripts) + f"env_ids = ['Pendulum-v1']\n{text}\n"
     path.write_text(f"seeds = [1]\n[[runs]]\n{group}")
-    done = plan(path, "--run-root", tmp_path / "r", code=2)
+    done = plan(path, "--run-root", tmp_path / "r", "--dry-run", code=2)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and said in last and not (tmp_path / "r").exists()
     path.write_text(f"seeds = [-1]\n[[runs]]\n{scripts}env_ids = ['Pendulum-v1']\n")
-    assert "from 0 on" in plan(path, "--run-root", tmp_path / "r", code=2).stderr
+    assert "from 0 on" in plan(path, "--run-root", tmp_path / "r", "--dry-run", code=2).stderr
 
 
 @pytest.mark.parametrize(
