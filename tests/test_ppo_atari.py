@@ -195,6 +195,21 @@ def test_minibatches_of_one_sample(tmp_path, monkeypatch):
     assert abs(line["losses/policy_loss"]) > 1e-3 and line["losses/grad_norm"] > 0
 
 
+def test_log_probabilities_and_entropy():
+    module, logits = load("ppo_atari"), torch.randn(50, 6, dtype=torch.float64)
+    reference = torch.distributions.Categorical(logits=logits)
+    actions = reference.sample()
+    actual = module.categorical_log_prob(logits, actions)
+    torch.testing.assert_close(actual, reference.log_prob(actions))
+    torch.testing.assert_close(module.categorical_entropy(logits), reference.entropy())
+
+
+def test_the_entropy_bonus_keeps_the_policy_wide(tmp_path, monkeypatch):
+    """One action is better by 1, which a large bonus outweighs."""
+    learn(tmp_path, monkeypatch, "--ent-coef", 10, reward=lambda self, action: float(action))
+    assert training(tmp_path)[-1]["losses/entropy"] > 0.6  # of at most log 2 = 0.69
+
+
 def test_actions_are_sampled_from_the_policy(tmp_path, monkeypatch):
     """The shares of the actions of an untrained policy that prefers one of them."""
     module, actions = load("ppo_atari"), []
