@@ -8,6 +8,7 @@ over the same folders do not disturb each other.
 import ctypes
 import fcntl
 import functools
+import glob
 import json
 import os
 import shlex
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from benchmark.results import ROOT, code_hash, relevant
+from benchmark.results import ROOT, code_hash, hardware, relevant
 
 USERS_MISTAKE, NOT_FINITE = 2, 3  # exit codes of the scripts that a second try would repeat
 
@@ -32,7 +33,13 @@ class Job:
     arguments: tuple[str, ...]  # what the command line has besides environment, seed and folder
     resolved: str  # every argument as the script understands it, as JSON
     code: str  # hash of the script's algorithm
+    digest: str  # hash of the script's text
     folder: Path
+
+    @property
+    def source(self) -> Path:
+        """The script as the sweep planned it: somebody may edit it while the sweep runs."""
+        return self.folder.parent / "code" / self.digest / f"{self.script}.py"
 
     @property
     def log(self) -> Path:
@@ -43,10 +50,10 @@ class Job:
         return self.folder.name
 
 
-def about(job: Job) -> dict | None:
+def about(folder: Path) -> dict | None:
     """What args.json says, or None where no run has begun. Raises: ValueError if it is torn."""
     try:
-        return json.loads((job.folder / "args.json").read_text())
+        return json.loads((folder / "args.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -69,24 +76,34 @@ def last_metrics(folder: Path) -> dict:
         return {}
 
 
-def status(job: Job) -> str:
+def status(job: Job, folder: Path | None = None) -> str:
     """What the folder holds: "new", "begun", "complete", or a run that is "other" than the job's.
 
     Complete needs the same arguments, the same algorithm, and the final evaluation.
     """
+    folder = folder or job.folder
     try:
-        run = about(job)
+        run = about(folder)
         if run is None:
             return "new"
-        script = job.folder / run["script"]
-        same = run["script"] == f"{job.script}.py" and hash_of(script) == job.code
-        if not same or relevant(run["args"]) != relevant(json.loads(job.resolved)):
+        if differences(job, folder):
             return "other"
-        last = last_metrics(job.folder)
+        last = last_metrics(folder)
         done = last.get("global_step", 0) >= run["args"]["total_timesteps"]
         return "complete" if done and last.get("eval/episodes") else "begun"
     except (OSError, ValueError, KeyError, TypeError, SyntaxError):
         return "other"
+
+
+def differences(job: Job, folder: Path) -> list[str]:
+    """What tells the folder's run from the job's, in words. Raises as status says."""
+    run = about(folder) or {}
+    was, now = relevant(run["args"]), relevant(json.loads(job.resolved))
+    changed = [key for key in sorted(was | now) if was.get(key) != now.get(key)]
+    said = [f"{key} {was.get(key)}, now {now.get(key)}" for key in changed]
+    if run["script"] != f"{job.script}.py" or hash_of(folder / run["script"]) != job.code:
+        said.append("another algorithm")
+    return said
 
 
 def hash_of(script: Path) -> str:
@@ -107,11 +124,29 @@ def set_aside(job: Job) -> Path:
     return job.folder.rename(aside)
 
 
+def kept_aside(job: Job) -> Path | None:
+    """Where a sweep with other arguments has put the job's run: the one that got furthest."""
+    if status(job) in ("begun", "complete"):
+        return None
+    aside = job.folder.parent.glob(f"{glob.escape(job.name)}.old-*")
+    found = [folder for folder in aside if status(job, folder) in ("begun", "complete")]
+    return max(found, key=lambda x: last_metrics(x).get("global_step", 0), default=None)
+
+
+def bring_back(job: Job) -> None:
+    """Put the job's run into its folder again, if it was set aside and nobody runs it."""
+    if (found := kept_aside(job)) and (log := lock(job)):
+        with log:
+            if job.folder.exists():
+                set_aside(job)
+            log.write(f"brought back from {found.rename(job.folder)}\n")
+
+
 def command(job: Job, python: str = sys.executable, relative: bool = False) -> list[str]:
     """The command that starts the job, or goes on with it."""
-    script, folder = ROOT / f"{job.script}.py", job.folder
+    script, folder = job.source, job.folder
     if relative:
-        script, folder = Path(os.path.relpath(script)), Path(os.path.relpath(folder))
+        script, folder = os.path.relpath(ROOT / f"{job.script}.py"), os.path.relpath(folder)
     if status(job) == "begun":
         track = [word for word in job.arguments if word == "--track"]
         return [python, str(script), "--resume", str(folder), *track]
@@ -161,16 +196,20 @@ def start(job: Job) -> subprocess.Popen | None:
     with log:
         if status(job) == "other":
             log.write(f"an older run stood here: now {set_aside(job)}\n")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "hardware.txt").write_text(f"{hardware()}\n")
         words = command(job)
         log.write(f"$ {shlex.join(words)}\n")
         log.flush()
-        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        more = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        # What stands beside the script can be imported, as if it were started where it stands.
+        beside = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         return subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=os.environ | one_thread | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | more | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": beside},
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which asks each job once
             preexec_fn=die_with_parent,
         )
@@ -178,14 +217,16 @@ def start(job: Job) -> subprocess.Popen | None:
 
 def failure(job: Job, code: int) -> str:
     """Why it failed, in a line: the exit code and the last thing that the job said."""
+    if code == 0:
+        return "exit code 0, but its folder does not hold the whole run"
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     said = [line for line in tail(job.log) if line.strip() and not line.startswith("$ ")]
     return f"{how}: {said[-1].strip()[:160]}" if said else how
 
 
 def worth_a_retry(code: int) -> bool:
-    """Mistakes and NaNs come back the same; crashes, kills and full memories may not."""
-    return code not in (USERS_MISTAKE, NOT_FINITE)
+    """Mistakes, NaNs and good ends come back the same; crashes, kills and full memories may not."""
+    return code not in (0, USERS_MISTAKE, NOT_FINITE)
 
 
 def run(job: Job, retries: int) -> str:

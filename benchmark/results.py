@@ -10,10 +10,12 @@ that did not finish is collected too, as such.
 
 import ast
 import csv
+import functools
 import hashlib
 import json
 import os
 import platform
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -40,7 +42,11 @@ def code_hash(path: Path) -> str:
     It is of the syntax tree, without docstrings and messages, of what stands above the run
     infrastructure, and of the parts of that which step, seed and evaluate.
     """
-    text = path.read_text()
+    return hash_of_text(path.read_text())
+
+
+def hash_of_text(text: str) -> str:
+    """The same of a script's text."""
     tree, end = ast.parse(text), text.partition(INFRASTRUCTURE)[0].count("\n") + 1
     below = [node for part in tree.body if part.lineno > end for node in ast.walk(part)]
     kept = [part for part in tree.body if part.lineno <= end]
@@ -71,18 +77,22 @@ def names(node: ast.AST) -> set[str]:
     return {getattr(node, "name", "")} | {getattr(target, "id", "") for target in targets}
 
 
-def thin(lines: list[dict], total: int) -> list[tuple[int, float]]:
-    """(step, mean return of the episodes that ended in the interval up to it), at most POINTS."""
+def thin(lines: list[dict], total: int) -> list[tuple[int, float, float]]:
+    """(step, mean return of the episodes that ended in the interval up to it, minutes until then).
+
+    At most POINTS of them.
+    """
     bins = defaultdict(list)
     for line in lines:
         if "charts/episodes" in line:
             place = min(POINTS, -(-line["global_step"] * POINTS // total))
-            bins[place].append((line["charts/episodic_return"], line["charts/episodes"]))
+            bins[place].append(line)
     curve = []
     for place, parts in sorted(bins.items()):
-        episodes = sum(count for _, count in parts)
-        mean = sum(value * count for value, count in parts) / episodes
-        curve.append((place * total // POINTS, round(mean, 2)))
+        episodes = sum(line["charts/episodes"] for line in parts)
+        returns = sum(line["charts/episodic_return"] * line["charts/episodes"] for line in parts)
+        minutes = round(parts[-1]["wall_time"] / 60, 3)
+        curve.append((place * total // POINTS, round(returns / episodes, 2), minutes))
     return curve
 
 
@@ -126,6 +136,8 @@ def read_run(run_dir: Path) -> dict:
         lines = read_metrics(run_dir / "metrics.jsonl")
         run["code_hash"] = code_hash(run_dir / script)
         run["title"] = title(run_dir.name, args["env_id"])
+        known = run_dir / "hardware.txt"  # jobs of a sweep have it
+        run["hardware"] = known.read_text().strip() if known.exists() else None
     except FileNotFoundError as error:
         raise ValueError(f"{run_dir}: no {Path(error.filename).name}: not a whole run") from None
     except (json.JSONDecodeError, KeyError, TypeError, SyntaxError) as error:
@@ -133,20 +145,33 @@ def read_run(run_dir: Path) -> dict:
     last = lines[-1] if lines else {"global_step": 0, "wall_time": 0.0}
     final = {key[5:]: value for key, value in last.items() if key.startswith("eval/")}
     done = last["global_step"] >= total and "episodes" in final
+    curve = thin(lines, max(total, last["global_step"]))
     failed = "the return of its evaluation is not finite"
     return run | {
         "steps": last["global_step"],
         "wall_time": round(last["wall_time"], 1),
         "eval": final if done and "episodic_return" in final else None,
         "failed": failed if done and "episodic_return" not in final else None,
-        "curve": thin(lines, max(total, last["global_step"])),
+        "curve": [(step, value) for step, value, _ in curve],
+        "minutes": [minutes for _, _, minutes in curve],
+        "evaluations": [
+            (line["global_step"], line["eval/episodic_return"], line["wall_time"] / 60)
+            for line in lines
+            if "eval/episodic_return" in line
+        ],
     }
 
 
 def title(folder: str, env_id: str) -> str:
     """What a row is called: the environment, and the name of the suite's group, if it has one."""
-    head, here = folder.split("__")[0], env_id.replace("/", "-")
-    return env_id + (head.removeprefix(here) if head.startswith(f"{here}, ") else "")
+    form = re.escape(folder_name(env_id)) + r"(?:~\w+)?(, .+?)?__.*"
+    match = re.fullmatch(form, folder)
+    return env_id + ((match and match[1]) or "")
+
+
+def folder_name(env_id: str) -> str:
+    """Without what separates folders, or drives on Windows."""
+    return env_id.replace("/", "-").replace(":", "-")
 
 
 def run_folders(paths: Iterable[Path]) -> list[Path]:
@@ -169,7 +194,8 @@ def collect(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     args, curve = run["args"], run.pop("curve")
-    folder = RESULTS / Path(run["script"]).stem / run["title"].replace("/", "-")
+    del run["minutes"], run["evaluations"]
+    folder = RESULTS / Path(run["script"]).stem / folder_name(run["title"])
     folder.mkdir(parents=True, exist_ok=True)
     meta = folder / "meta.json"
     runs = json.loads(meta.read_text()) if meta.exists() else {}
@@ -178,7 +204,7 @@ def collect(run_dir: Path) -> Path:
         if differ := [key for key in sorted(was | now) if was.get(key) != now.get(key)]:
             said = ", ".join(f"{key} {was.get(key)} there, {now.get(key)} here" for key in differ)
             raise ValueError(f"{run_dir}: {meta} has another run of this seed: {said}")
-    runs[str(args["seed"])] = run | {"hardware": hardware()}
+    runs[str(args["seed"])] = run
     runs = {seed: runs[seed] for seed in sorted(runs, key=int)}
     meta.write_text(json.dumps(runs, indent=1) + "\n")
     with open(folder / f"{args['seed']}.csv", "w", newline="") as file:
@@ -204,6 +230,7 @@ def load(script: str) -> list[dict]:
     return runs
 
 
+@functools.cache
 def references() -> dict[tuple[str, str, str], dict]:
     """(algorithm, environment, label) -> row of reference_results.csv."""
     with open(ROOT / "benchmark" / "reference_results.csv") as file:

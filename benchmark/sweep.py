@@ -11,6 +11,7 @@ command line was wrong and nothing was started; 130 or 143: interrupted.
 
 import collections
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -21,6 +22,7 @@ import shlex
 import signal
 import socket
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -32,7 +34,7 @@ import tyro
 
 from benchmark import jobs
 from benchmark.jobs import Job
-from benchmark.results import ROOT
+from benchmark.results import ROOT, folder_name, hash_of_text
 
 SUITES = Path(__file__).resolve().parent / "suites"
 
@@ -64,7 +66,8 @@ class Options:
     engine: Literal["local", "ray"] = "local"
     """local: processes here. ray: tasks of a Ray cluster (benchmark/requirements-cluster.txt)."""
     ray_address: str | None = None
-    """Address of the cluster, host:port or auto; by default a new one on this machine alone."""
+    """Address of the cluster, host:port or auto; by default what the variable RAY_ADDRESS says, and
+    without it a new cluster on this machine alone."""
     cpus_per_job: float = 1
     """Cores that Ray keeps for a job."""
     gpus_per_job: float = 0
@@ -172,16 +175,22 @@ def load_script(name: str):
     return module
 
 
-def resolve(script: str, arguments: list[str]) -> dict:
+def resolve(script: str, env_id: str, arguments: list[str]) -> dict:
     """Every argument as the script itself understands the command line."""
+    ours = {"env_id": env_id, "seed": 0, "run_dir": "a job's", "resume": None, "evaluate": None}
     module, argv = sys.modules.get(script) or load_script(script), sys.argv
-    sys.argv = [f"{script}.py", *arguments]
+    first = ["--env-id", env_id, "--seed", "0", "--run-dir", ours["run_dir"]]
+    sys.argv = [f"{script}.py", *first, *arguments]
     try:
-        return asdict(module.parse_args(module.Args)) | {"resume": None, "evaluate": None}
+        resolved = asdict(module.parse_args(module.Args))
     except SystemExit:
-        wrong(f"{script}.py refuses {shlex.join(arguments)}")
+        wrong(f"{script}.py refuses {shlex.join([*first[:2], *arguments])}")
     finally:
         sys.argv = argv
+    if changed := [name for name, value in ours.items() if resolved[name] != value]:
+        flag = changed[0].replace("_", "-")
+        wrong(f"--{flag} among the arguments of {script}: the sweep sets it for each job")
+    return resolved
 
 
 def check_environment(env_id: str) -> None:
@@ -201,8 +210,8 @@ def check_environment(env_id: str) -> None:
         wrong(f"--env-ids {env_id}: {error}")
 
 
-def plan(options: Options) -> list[Job]:
-    """The jobs in order: seeds innermost, so that a table fills row by row."""
+def plan(options: Options) -> tuple[list[Job], dict[str, str]]:
+    """The jobs in order: seeds innermost, so that a table fills row by row; and the scripts."""
     suite = read_suite(options.suite)
     groups = suite["runs"]
     names = list(dict.fromkeys(name for group in groups for name in group["scripts"]))
@@ -214,34 +223,53 @@ def plan(options: Options) -> list[Job]:
     known = {env_id for group in groups for env_id in group["env_ids"]}
     extra = [*shlex.split(options.args), *(["--track"] if options.track else [])]
     root = (options.run_root or Path("runs") / Path(options.suite).stem).absolute()
-    planned = {}
+    together = collections.Counter(map(folder_name, {*known, *options.env_ids}))
+    planned: dict[Path, Job] = {}
+    sources: dict[str, str] = {}
     for group in groups:
         for script in (name for name in group["scripts"] if name in chosen):
             wanted = [env for env in options.env_ids if env in group["env_ids"] or env not in known]
             for env_id in wanted if options.env_ids else group["env_ids"]:
                 check_environment(env_id)
                 arguments = [*group["args"], *extra]
-                resolved = resolve(script, ["--env-id", env_id, *arguments])
-                code = jobs.hash_of(ROOT / f"{script}.py")
+                resolved = resolve(script, env_id, arguments)
+                text = sources.setdefault(script, (ROOT / f"{script}.py").read_text())
+                code, digest = hash_of_text(text), hashlib.sha256(text.encode()).hexdigest()[:12]
+                place = folder_name(env_id)
+                if together[place] > 1:  # another environment's folders have this name, too
+                    place += "~" + hashlib.sha256(env_id.encode()).hexdigest()[:6]
                 for seed in seeds:
-                    name = f"{title(env_id, group['name'])}__{script}__{seed}"
-                    folder = root / name.replace("/", "-")
-                    text = json.dumps(resolved | {"seed": seed})
-                    job = Job(script, env_id, seed, tuple(arguments), text, code, folder)
+                    folder = root / f"{title(place, group['name'])}__{script}__{seed}"
+                    about = json.dumps(resolved | {"seed": seed})
+                    words = tuple(arguments)
+                    job = Job(script, env_id, seed, words, about, code, digest, folder)
                     planned.setdefault(folder, job)
     if not planned:
         wrong("nothing to run: none of these scripts and environments go together in this suite")
-    return list(planned.values())
+    return list(planned.values()), sources
+
+
+def keep_sources(planned: list[Job], sources: dict[str, str]) -> None:
+    """Write each script as it is now beside the run folders, for the jobs to run."""
+    for job in {job.source: job for job in planned}.values():
+        job.source.parent.mkdir(parents=True, exist_ok=True)
+        part = job.source.with_name(f"{job.script}.{os.getpid()}")
+        part.write_text(sources[job.script])
+        part.rename(job.source)  # whole at every instant, as another sweep may start it
 
 
 # ---- Engines: how jobs run; each yields now and then, so that the board can be drawn -------------
 
 
 class Stop:
-    """Set by a signal; engines then let their jobs checkpoint. A second signal ends at once."""
+    """Set by a signal; engines then let their jobs checkpoint.
+
+    A repeat within two seconds is the same wish, sent to the group and passed on by a parent; a
+    later one ends at once.
+    """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal, self.time = 0, 0.0
         self.listen()
 
     def listen(self) -> None:
@@ -249,8 +277,11 @@ class Stop:
             signal.signal(number, self.set)
 
     def set(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if self.signal and time.monotonic() - self.time > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.time = self.time if self.signal else time.monotonic()
+        self.signal = self.signal or number
 
 
 def run_local(todo: list[Job], options: Options, stop: Stop, failed: dict[Job, str]) -> Iterator:
@@ -294,14 +325,35 @@ def run_on_ray(todo: list[Job], options: Options, stop: Stop, failed: dict[Job, 
         import ray
     except ImportError:
         wrong("--engine ray needs Ray: pip install -r benchmark/requirements-cluster.txt")
+
+    address = options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+
+    def no_answer() -> None:
+        print(f"error: --ray-address {address}: no answer in 15 s", file=sys.stderr)
+        os._exit(2)  # Ray itself would go on trying for minutes, and not be interrupted
+
+    watch = threading.Timer(15, no_answer)
+    if address != "local":  # starting a cluster here may take longer
+        watch.start()
     try:
-        host, _, port = (options.ray_address or "").rpartition(":")
-        if host and "/" not in host:  # Ray itself would go on trying for minutes
+        host, _, port = address.rpartition(":")
+        if host and "/" not in host:
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(options.ray_address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
         stop.listen()  # Ray has taken SIGTERM
     except (OSError, RuntimeError, ValueError) as error:
-        wrong(f"--ray-address {options.ray_address}: {error}")
+        wrong(f"--ray-address {address}: {error}")
+    finally:
+        watch.cancel()
+    need = {"CPU": options.cpus_per_job, "GPU": options.gpus_per_job}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= count for name, count in need.items()) for node in nodes):
+        have = "; ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
+        ray.shutdown()
+        wrong(
+            f"--cpus-per-job {need['CPU']:g} --gpus-per-job {need['GPU']:g}: no node has as many;"
+            f" CPUs and GPUs of the nodes: {have}"
+        )
 
     def task(root: str, job: dict, retries: int) -> str:  # travels whole, needs nothing installed
         # Ray cancels with SIGINT, which what is started in the background by a shell ignores.
@@ -429,19 +481,40 @@ def show(path: Path) -> Path:
 
 def print_commands(planned: list[Job]) -> None:
     for job in planned:
-        text = shlex.join(jobs.command(job, "python", relative=True))
-        print(f"# complete: {text}" if jobs.status(job) == "complete" else text)
+        state, text = jobs.status(job), shlex.join(jobs.command(job, "python", relative=True))
+        if state == "other":
+            print(f"# {other(job)}")
+        if aside := jobs.kept_aside(job):
+            print(f"# {job.name} was set aside as {aside.name}: it will be brought back")
+            state = jobs.status(job, aside)
+        print(f"# complete: {text}" if state == "complete" else text)
+
+
+def other(job: Job) -> str:
+    """A line about a folder that holds another run than the job's."""
+    try:
+        how = "; ".join(jobs.differences(job, job.folder))
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError):
+        how = "not a whole one"
+    return f"{job.name} holds another run ({how}): it will be kept, renamed"
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.workers < 1 or options.retries < 0:
         wrong("--workers must be at least 1, --retries 0 or more")
-    planned = plan(options)
+    planned, sources = plan(options)
     if options.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into head, say
         return print_commands(planned)
     failed: dict[Job, str] = {}
+    root = show(planned[0].folder.parent)
+    try:
+        keep_sources(planned, sources)
+        for job in planned:
+            jobs.bring_back(job)
+    except OSError as error:
+        wrong(f"--run-root {root}: {error}")
     states = collections.Counter(map(jobs.status, planned))
     print(
         f"{len(planned)} jobs: {states['complete']} complete, {states['begun']} to resume,"
@@ -450,7 +523,7 @@ def main() -> None:
     )
     for job in planned:
         if jobs.status(job) == "other":
-            print(f"{job.name} holds another run (arguments or algorithm differ): kept, renamed")
+            print(other(job))
     todo = [job for job in planned if jobs.status(job) != "complete"]
     engine: Callable = run_on_ray if options.engine == "ray" else run_local
     stop, board = Stop(), Board(planned, failed)
@@ -459,16 +532,13 @@ def main() -> None:
             board.draw()
     except OSError as error:  # a full or read-only disk
         board.close()
-        wrong(
-            f"--run-root {show(planned[0].folder.parent)}: {error}: make room, then the same again"
-        )
+        wrong(f"--run-root {root}: {error}: make room, then the same again")
     board.close()
     missing = [job for job in planned if jobs.status(job) != "complete"]
     for job in missing:
         if job in failed or not stop.signal:
             print(f"missing {job.name}: {failed.get(job, 'not begun')}; its log: {show(job.log)}")
-    complete, folder = len(planned) - len(missing), planned[0].folder.parent
-    print(f"{complete} of {len(planned)} complete in {show(folder)}")
+    print(f"{len(planned) - len(missing)} of {len(planned)} complete in {root}")
     if stop.signal:
         print("stopped, with checkpoints; go on: the same command again")
         sys.exit(128 + stop.signal)

@@ -418,3 +418,6 @@ for probe in [
     gym.register(f"{probe.__name__}-v0", probe, disable_env_checker=True)
     discrete = type(f"Discrete{probe.__name__}", (probe,), {"action_space": Discrete(2)})
     gym.register(f"{discrete.__name__}-v0", discrete, disable_env_checker=True)
+
+for name in ("here/Short-v0", "here-Short-v0"):  # of one folder's name, once cleaned
+    gym.register(name, Probe, disable_env_checker=True)

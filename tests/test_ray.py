@@ -4,13 +4,14 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from test_sweep import (
     assert_same_runs,
     begin,
@@ -79,7 +80,29 @@ def test_a_wrong_address_is_one_line(tmp_path):
     words = ["--engine", "ray", "--ray-address", "127.0.0.1:1", "--run-root", tmp_path / "r"]
     done = sweep(suite(tmp_path), *words, code=2, RAY_AUTH_MODE="disabled", HOME=str(tmp_path))
     assert "error: --ray-address 127.0.0.1:1" in done.stderr
-    assert not (tmp_path / "r").exists() and ROOT.exists()
+    assert not folders(tmp_path / "r")
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_head_that_does_not_answer_is_one_line(tmp_path, given):
+    """A port that takes connections and says nothing, as of a head that hangs."""
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        address = "127.0.0.1:{1}".format(*deaf.getsockname())
+        words = [suite(tmp_path), "--engine", "ray", "--run-root", tmp_path / "r"]
+        words += ["--ray-address", address] if given else []
+        extra = {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
+        begun = time.time()
+        done = sweep(*words, code=2, **extra, **({} if given else {"RAY_ADDRESS": address}))
+    assert time.time() - begun < 40  # 15 s, and what importing takes on a busy machine
+    assert f"error: --ray-address {address}: no answer" in done.stderr
+
+
+def test_a_demand_that_no_node_meets_is_one_line(tmp_path, cluster):
+    address, extra, _ = cluster
+    words = ["--engine", "ray", "--ray-address", address, "--gpus-per-job", 1]
+    done = sweep(suite(tmp_path), *words, "--run-root", tmp_path / "r", code=2, **extra)
+    said = "error: --cpus-per-job 1 --gpus-per-job 1: no node has as many"
+    assert said in done.stderr and "1 and 0; 1 and 0" in done.stderr
 
 
 def test_a_node_is_killed_and_every_job_completes(tmp_path, cluster):

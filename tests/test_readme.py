@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, load_file, run
+from conftest import OURS, ROOT, load_file, run
 from test_sweep import plan
 
 README = (ROOT / "README.md").read_text()
@@ -26,7 +26,7 @@ def test_install_commands_name_files_that_exist():
 
 def test_every_script_command_runs(tmp_path, monkeypatch):
     """In order, in one folder, as a reader would type them; only shorter."""
-    for script in SCRIPTS:
+    for script in OURS:
         shutil.copy(ROOT / f"{script}.py", tmp_path)
     monkeypatch.chdir(tmp_path)
     modules = {}
@@ -49,7 +49,7 @@ def test_every_script_command_runs(tmp_path, monkeypatch):
             monkeypatch.setattr(modules[script], "LONGEST_EPISODE", 1000)
         done = run(script, *words[2:], quick=False, module=modules[script])
         assert done.stdout.splitlines()[-1].startswith("eval mean_return="), line
-    assert modules.keys() == set(SCRIPTS)
+    assert modules.keys() == set(OURS)
 
 
 def test_every_sweep_command_is_sound():
@@ -62,7 +62,7 @@ def test_every_sweep_command_is_sound():
 
 def test_flags_in_the_prose_exist():
     help_text = plan("--help").stdout
-    for script in SCRIPTS:
+    for script in OURS:
         help_text += run(script, "--help", quick=False).stdout
     for name in ("report", "speed"):
         words = [sys.executable, "-m", f"benchmark.{name}", "--help"]
@@ -77,7 +77,7 @@ def test_links_lead_somewhere():
 
 
 def test_every_script_is_in_the_table():
-    for script in SCRIPTS:
+    for script in OURS:
         assert f"| [`{script}.py`]({script}.py) |" in README
 
 
@@ -97,16 +97,16 @@ def test_the_difference_of_two_scripts_is_as_long_as_it_says(tmp_path):
 
 def test_results_are_what_the_committed_data_gives():
     sys.path.insert(0, str(ROOT))
-    from benchmark import report
+    from benchmark import plots, report
 
     assert report.readme_with_results() == README, "python -m benchmark.report"
     Image = pytest.importorskip("PIL.Image")
     found = report.collected()
     pictures = {script: rows for script, rows in found.items()}
     everything = [row for rows in found.values() for row in rows]
-    if any(map(report.aggregates, report.families(everything))):
+    if any(map(report.has_scores, report.families(everything))):
         pictures["profiles"] = everything
     assert pictures
     for name, rows in pictures.items():
         image = Image.open(report.RESULTS / f"{name}.png")
-        assert image.info["Data"] == report.data_hash(rows), "python -m benchmark.report"
+        assert image.info["Data"] == plots.data_hash(rows), "python -m benchmark.report"

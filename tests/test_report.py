@@ -1,5 +1,6 @@
 """Reports: statistics against definitions, and nothing averaged that does not belong together."""
 
+import csv
 import itertools
 import json
 import re
@@ -9,10 +10,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, environ
+from conftest import OURS, ROOT, environ
 
 sys.path.insert(0, str(ROOT))
-from benchmark import report, results, stats
+from benchmark import plots, report, results, rows, stats
 
 
 def fake(folder, env_id="Hopper-v5", seed=1, final=100.0, code="x = 1\n", **args):
@@ -350,8 +351,177 @@ def test_a_script_with_few_environments_does_not_hide_the_others(tmp_path):
 
 
 def test_an_environment_of_two_suites_counts_once():
-    rows = [SimpleNamespace(env_id=name) for name in ("ALE/Pong-v5", "Hopper-v5", "Mine-v0")]
-    assert report.families(rows) == [[rows[0]], [rows[1]], [rows[2]]]
+    here = [SimpleNamespace(env_id=name) for name in ("ALE/Pong-v5", "Hopper-v5", "Mine-v0")]
+    assert rows.families(here) == [[here[0]], [here[1]], [here[2]]]
+
+
+def variant(folder, name, seed, final, env_id="Hopper-v5", **args):
+    """A run of a named group of a suite."""
+    title = f"{env_id}, {name}" if name else env_id
+    return fake(folder / f"{title}__ppo_continuous__{seed}", env_id, seed, final, **args)
+
+
+def test_variants_of_a_script_are_compared(tmp_path):
+    """Ablations stand in one panel and side by side; another environment stays another one."""
+    for seed in (1, 2, 3):
+        variant(tmp_path, "", seed, 10.0 + seed)
+        variant(tmp_path, "gamma 0.5", seed, 20.0 + seed, gamma=0.5)
+        variant(tmp_path, "heavy", seed, 30.0 + seed, env_kwargs={"gravity": 20})
+    make(tmp_path, out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| environment | `ppo_continuous.py` | `ppo_continuous.py`, gamma 0.5 |" in text
+    assert "| Hopper-v5 | 12.0 ± 1.0 (3) | 22.0 ± 1.0 (3) |" in text
+    assert (
+        "| `ppo_continuous.py` | `ppo_continuous.py`, gamma 0.5 | 0.00 [0.00, 0.00] | 1 |" in text
+    )
+    assert "| Hopper-v5, heavy (older code) |" in text
+    found = rows.group([results.read_run(f) for f in results.run_folders([tmp_path])])
+    assert [(row.env_id, row.contender) for row in found] == [
+        ("Hopper-v5", "ppo_continuous.py"),
+        ("Hopper-v5", "ppo_continuous.py, gamma 0.5"),
+        ("Hopper-v5, heavy", "ppo_continuous.py"),
+    ]
+
+
+def read_csv(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_as_csv(tmp_path):
+    """The same numbers, unrounded."""
+    for seed, final in enumerate([100.123, 200, 301], 1):
+        fake(tmp_path / "runs" / str(seed), seed=seed, final=final)
+        fake(tmp_path / "runs" / f"mine{seed}", seed=seed, final=0.0, script="mine.py")
+    fake(tmp_path / "runs" / "4", seed=4, final=None)
+    make(tmp_path / "runs", out=tmp_path / "out")
+    mine, ours = read_csv(tmp_path / "out" / "results.csv")
+    assert mine["script"] == "mine.py" and mine["best_published"] == ""
+    finals = np.array([100.123, 200, 301])
+    low, high = stats.mean_interval(finals)
+    expected = {"mean": finals.mean(), "std": finals.std(ddof=1), "low": low, "high": high}
+    assert {key: float(ours[key]) for key in expected} == pytest.approx(expected)
+    assert (ours["seeds"], ours["runs"]) == ("3", "4")
+    runs = [run for run in read_csv(tmp_path / "out" / "runs.csv") if run["script"] != "mine.py"]
+    assert [run["final_return"] for run in runs] == ["100.123", "200", "301", ""]
+    assert runs[3]["state"] == "unfinished at step 500"
+    (pair,) = read_csv(tmp_path / "out" / "pairs.csv")
+    assert (pair["x"], pair["y"], float(pair["probability"])) == ("mine.py", "ppo_continuous.py", 0)
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Draws the curves of run folders. Returns the figure, which nothing closes."""
+    kept = []
+    monkeypatch.setattr(plots, "save", lambda figure, *_: kept.append(figure))
+
+    def draw(folder, **options):
+        found = rows.group([results.read_run(f) for f in results.run_folders([folder])])
+        plots.draw_curves(found, folder / "unused.png", **options)
+        kept[-1].canvas.draw()
+        return kept[-1]
+
+    yield draw
+    for figure in kept:
+        plots.pyplot().close(figure)
+
+
+def fakes(folder, scripts, env_ids, seeds=(1, 2, 3)):
+    for script, env_id, seed in itertools.product(scripts, env_ids, seeds):
+        name = folder / f"{script}{env_id}{seed}"
+        fake(name, env_id, seed, code=f"y = '{script}'\n", script=f"{script}.py")
+    return folder
+
+
+@pytest.mark.parametrize(("panels", "scripts"), [(1, 1), (1, 8), (2, 2), (4, 8), (9, 1), (9, 8)])
+def test_every_name_is_in_the_picture(tmp_path, drawn, panels, scripts):
+    names = [f"a_script_with_a_long_name_{n}" for n in range(scripts)]
+    env_ids = [f"Environment{n}-v0" for n in range(panels)]
+    figure = drawn(fakes(tmp_path, names, env_ids, seeds=(1,)))
+    (legend,), bounds = figure.legends, figure.bbox
+    texts = [*legend.get_texts(), *figure.texts]
+    labels = [text.get_text().removesuffix(" (older code)") for text in legend.get_texts()]
+    assert labels == [f"{name}.py" for name in names]
+    boxes = [text.get_window_extent() for text in texts]
+    assert all(bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and box.y0 >= 0 for box in boxes)
+    lowest = min(axes.get_tightbbox().y0 for axes in figure.axes if axes.axison)
+    assert max(box.y1 for box in boxes) <= lowest
+    styles = {(h.get_color(), str(h.get_linestyle())) for h in legend.legend_handles}
+    assert len(styles) == scripts
+
+
+def test_a_picture_says_how_many_seeds(tmp_path, drawn):
+    fakes(tmp_path, ["one"], ["Mine-v0"], seeds=(1, 2, 3))
+    fakes(tmp_path, ["two"], ["Mine-v0"], seeds=(1,))
+    fakes(tmp_path, ["one"], ["Yours-v0"], seeds=(1, 2))
+    titles = [axes.get_title() for axes in drawn(tmp_path).axes]
+    assert titles == ["Mine-v0 (n = 1 to 3)", "Yours-v0 (n = 2)"]
+
+
+def test_one_line_for_the_best_published(tmp_path, drawn):
+    figure = drawn(fakes(tmp_path, ["sac", "ddpg"], ["Hopper-v5"], seeds=(1,)))
+    lines = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    heights = [line.get_ydata()[0] for line in lines]
+    assert heights == [rows.best_published("Hopper-v5")]
+
+
+def test_axes_and_smoothing_of_curves(tmp_path, drawn):
+    """By hand: returns of 10, 20, ... 100 at steps 100 to 1000, an evaluation of 100 at the end."""
+    folder = fake(tmp_path / "run", total_timesteps=1000) / "metrics.jsonl"
+    lines = [json.loads(line) for line in folder.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["wall_time"] = 120.0 * number
+    lines[4] |= {"eval/episodic_return": 70.0, "eval/episodes": 2}
+    folder.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def curve(**options):
+        figure = drawn(tmp_path, **options)
+        return figure.axes[0].lines[0].get_xydata().T, figure
+
+    (x, y), _ = curve()
+    assert np.allclose(x * 1e6, np.arange(100, 1001, 100)) and np.allclose(y, x * 1e5)
+    (x, y), figure = curve(smooth=3)
+    assert np.allclose(y, [10, 15, 20, 30, 40, 50, 60, 70, 80, 90])
+    assert "mean of the 3 up to it" in figure.texts[-1].get_text()
+    (x, y), figure = curve(axis="time")
+    assert np.allclose(x, 2 * np.arange(10)) and figure.axes[0].get_xlabel() == "minutes"
+    (x, y), figure = curve(returns="evaluation")
+    assert np.allclose(x, [500e-6, 1000e-6]) and np.allclose(y, [70, 100])
+    assert figure.axes[0].get_ylabel() == "evaluated return"
+
+
+def test_an_axis_is_cut_only_if_it_says_so(tmp_path, drawn):
+    low = fake(tmp_path / "low") / "metrics.jsonl"
+    low.write_text(low.read_text().replace('return": 10.0', 'return": -5000.0'))
+    fake(tmp_path / "flat", "Mine-v0")
+    figure = drawn(tmp_path)
+    for axes in figure.axes:
+        cut = axes.get_ylim()[0] > min(min(line.get_ydata()) for line in axes.lines)
+        assert cut == ("cut" in axes.get_title()) == ("Hopper" in axes.get_title())
+    assert "Cut: " in figure.texts[-1].get_text()
+
+
+def test_profiles_fit_their_scores(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plots, "save", lambda figure, *_: kept.append(figure))
+    fakes(tmp_path, ["sac", "ddpg"], ["Hopper-v5", "Walker2d-v5", "Reacher-v5"])
+    found = rows.group([results.read_run(f) for f in results.run_folders([tmp_path])])
+    plots.draw_profiles(found, tmp_path / "unused.png")
+    scores = [x for envs in rows.normalised(found).values() for part in envs.values() for x in part]
+    low, high = kept[0].axes[0].get_xlim()
+    assert 0 <= min(0, *scores) - low < 0.2 and 0 <= high - max(1, *scores) < 0.2
+    plots.pyplot().close(kept[0])
+
+
+def test_pictures_come_as_png_and_pdf(tmp_path):
+    fakes(tmp_path / "runs", ["sac", "ddpg"], ["Hopper-v5", "Walker2d-v5"], seeds=(1,))
+    words = ["--xaxis", "time", "--smooth", "5", "--returns", "training"]
+    make(tmp_path / "runs", *words, out=tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"curves.png", "curves.pdf", "profiles.png", "profiles.pdf", "scores.csv"}
 
 
 # ---- The committed results -----------------------------------------------------------------------
@@ -369,9 +539,9 @@ def test_collecting_is_reading(collected):
     runs = results.load("ppo_continuous")
     for seed, run in enumerate(runs, 1):
         fresh = results.read_run(collected / f"run{seed}")
-        assert {key: run[key] for key in fresh} == fresh | {"curve": run["curve"]}
-        assert run["curve"] == [tuple(point) for point in fresh["curve"]]
-        assert run["hardware"] and run["eval"]["episodic_return"] == 100 * seed
+        shown = {key: fresh[key] for key in fresh.keys() - {"minutes", "evaluations"}}
+        assert {key: run[key] for key in shown} == shown
+        assert run["eval"]["episodic_return"] == 100 * seed
 
 
 def test_a_committed_run_of_other_arguments_is_not_replaced(collected):
@@ -385,17 +555,23 @@ def test_a_committed_run_of_other_arguments_is_not_replaced(collected):
 
 
 def test_older_code_is_marked(collected, monkeypatch):
-    (row,) = report.group(results.load("ppo_continuous"))
+    (row,) = rows.group(results.load("ppo_continuous"))
     assert "(older code)" in report.table([row])
-    monkeypatch.setattr(report, "code_hash", lambda path: row.code)
+    monkeypatch.setattr(rows, "code_hash", lambda path: row.code)
     assert "older code" not in report.table([row])
 
 
 def test_every_script_is_known():
-    """What is not would be left out of the README without a word."""
-    assert set(SCRIPTS) <= report.ALGORITHMS.keys()
-    found = {path.name for path in results.RESULTS.iterdir() if path.is_dir()}
-    assert found <= report.ALGORITHMS.keys()
+    """Its published results would be left out without a word."""
+    assert set(OURS) == rows.ALGORITHMS.keys()
+    assert set(rows.ALGORITHMS.values()) <= {algorithm for algorithm, *_ in results.references()}
+
+
+def test_results_of_a_users_script_stand_in_the_readme(collected, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", collected / "results")
+    results.collect(fake(collected / "mine", script="my_algo.py"))
+    assert list(report.collected()) == ["ppo_continuous", "my_algo"]
+    assert "| `my_algo.py` | steps |" in report.readme_with_results()
 
 
 def test_results_of_another_script_are_refused(collected):
@@ -419,10 +595,10 @@ def test_damaged_results_are_named(collected, what):
 
 
 def test_pictures_know_their_data(collected):
-    rows = report.group(results.load("ppo_continuous"))
-    report.draw_curves(rows, collected / "a.png")
+    here = rows.group(results.load("ppo_continuous"))
+    plots.draw_curves(here, collected / "a.png")
     Image = pytest.importorskip("PIL.Image")
     before = Image.open(collected / "a.png").info["Data"]
-    assert before == report.data_hash(rows)
-    rows[0].runs[0]["curve"][0] = (10, 11.0)
-    assert before != report.data_hash(rows)
+    assert before == plots.data_hash(here)
+    here[0].runs[0]["curve"][0] = (10, 11.0)
+    assert before != plots.data_hash(here)

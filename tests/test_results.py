@@ -25,9 +25,10 @@ def test_a_real_run_is_read(script, tmp_path):
 def test_thinning_weighs_by_episodes():
     lines = [
         {"global_step": step, "charts/episodic_return": value, "charts/episodes": count}
+        | {"wall_time": 6.0 * step}
         for step, value, count in [(1, 0.0, 3), (10, 4.0, 1), (11, 7.0, 1), (1000, 9.0, 2)]
     ]
-    assert results.thin(lines, 1000) == [(10, 1.0), (20, 7.0), (1000, 9.0)]
+    assert results.thin(lines, 1000) == [(10, 1.0, 1.0), (20, 7.0, 1.1), (1000, 9.0, 100.0)]
 
 
 def test_the_hash_is_of_the_algorithm(script, tmp_path):

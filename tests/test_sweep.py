@@ -243,6 +243,9 @@ def test_mistakes_in_a_suite(tmp_path, text, said):
         (["SUITE", "--workers", "0"], "--workers"),
         (["SUITE", "--args=--no-such-flag 1"], "refuses"),
         (["SUITE", "--args=--gamma 7"], "refuses"),
+        (["SUITE", "--args=--seed 7"], "--seed among the arguments"),
+        (["SUITE", "--args=--run-dir here"], "--run-dir among the arguments"),
+        (["SUITE", "--args=--env-id CartPole-v1"], "--env-id among the arguments"),
         (["broken.toml"], "broken.toml"),
         (["empty.toml"], "empty.toml"),
     ],
@@ -314,6 +317,36 @@ def test_a_signal_lets_the_jobs_checkpoint(tmp_path, number, code):
     assert all("--resume" in line for line in printed)
 
 
+def test_signals_to_everybody_at_once(tmp_path):
+    """As a cancelled batch job and a reboot send them: to the sweep and its jobs, twice."""
+    path, root = suite(tmp_path, steps=100_000), tmp_path / "r"
+    running = begin(path, "--run-root", root, "--workers", 2)
+    wait_for(lambda: len(folders(root)) == 2 and all(map(step, folders(root))))
+    everybody = [running.pid, *processes(root)]
+    assert len(everybody) >= 3
+    for _ in range(2):
+        for pid in everybody:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(0.05)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 143 and "the same command again" in output, output
+    for folder in folders(root):
+        assert checkpoint(folder)["global_step"] == step(folder) > 0
+
+
+def test_a_later_second_signal_ends_at_once(tmp_path):
+    path, root = suite(tmp_path, env_ids=["probes:Slow-v0"], seeds=(1,)), tmp_path / "r"
+    running = begin(path, "--run-root", root, SLOW_SECONDS="20")
+    wait_for(lambda: folders(root))
+    running.terminate()
+    time.sleep(2.5)
+    assert running.poll() is None  # its job is in a step of the simulator
+    running.terminate()
+    running.communicate(timeout=5)
+    assert running.returncode == -signal.SIGTERM
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
 def test_jobs_follow_a_killed_sweep(tmp_path):
     """They checkpoint and end, and do not go on unseen."""
@@ -357,12 +390,12 @@ def test_failures_are_retried_then_reported(tmp_path):
     done = sweep(path, "--run-root", root, code=1, **marker)
     assert "2 of 3 complete" in done.stdout
     missing = [line for line in done.stdout.splitlines() if line.startswith("missing")]
-    assert len(missing) == 1 and "probes:Crashing-v0" in missing[0] and "exit code 1" in missing[0]
+    assert len(missing) == 1 and "probes-Crashing-v0" in missing[0] and "exit code 1" in missing[0]
     assert "the simulator fell over" in missing[0]  # the exception itself
-    assert starts(root)["probes:CrashingOnce-v0__ppo_continuous__1"] == 2
-    assert starts(root)["probes:Crashing-v0__ppo_continuous__1"] == 3
+    assert starts(root)["probes-CrashingOnce-v0__ppo_continuous__1"] == 2
+    assert starts(root)["probes-Crashing-v0__ppo_continuous__1"] == 3
     sweep(path, "--run-root", root, "--retries", 0, code=1, **marker)
-    assert starts(root)["probes:Crashing-v0__ppo_continuous__1"] == 4  # a new sweep tries again
+    assert starts(root)["probes-Crashing-v0__ppo_continuous__1"] == 4  # a new sweep tries again
 
 
 def test_what_would_fail_again_is_not_retried(tmp_path):
@@ -400,6 +433,67 @@ def test_another_run_in_the_folder_is_kept_aside(tmp_path, finished):
     assert done.stdout.count("holds another run") == 5 and "5 of 5 complete" in done.stdout
     for folder, lines in old.items():
         assert (folder.with_name(f"{folder.name}.old-1") / "metrics.jsonl").read_bytes() == lines
+
+
+def test_what_was_set_aside_is_found_again(tmp_path, finished):
+    """A quick trial of other arguments, and then the first command again: nothing is trained."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    first = [suite(tmp_path, seeds=(1, 2)), "--run-root", tmp_path / "r"]
+    other = [*first, "--args=--gamma 0.9"]
+    before = {f.name: (f / "metrics.jsonl").read_bytes() for f in folders(tmp_path / "r")}
+    printed = plan(*other, "--dry-run").stdout.splitlines()
+    said = [line for line in printed if line.startswith("# ")]
+    assert len(said) == 2 and all("another run (gamma 0.99, now 0.9)" in line for line in said)
+    assert len(printed) == 4 and not list((tmp_path / "r").glob("*.old-*"))  # nothing was touched
+    sweep(*other)
+    printed = plan(*first, "--dry-run").stdout
+    assert printed.count("it will be brought back") == printed.count("# complete: ") == 2
+    assert "2 of 2 complete" in plan(*first).stdout
+    assert before == {f.name: (f / "metrics.jsonl").read_bytes() for f in folders(tmp_path / "r")}
+    assert "2 complete, 0 to resume, 0 to start" in plan(*other).stdout
+    assert len(list((tmp_path / "r").glob("*.old-*"))) == 2
+
+
+def checkout(folder):
+    """A copy of what a sweep needs, to edit."""
+    hidden = shutil.ignore_patterns("results", "__pycache__")
+    shutil.copytree(ROOT / "benchmark", folder / "benchmark", ignore=hidden)
+    shutil.copy(ROOT / "ppo_continuous.py", folder)
+    return folder / "ppo_continuous.py"
+
+
+def test_a_script_that_is_edited_while_its_sweep_runs(tmp_path):
+    """Every job runs the code that was planned."""
+    script, root = checkout(tmp_path), tmp_path / "r"
+    words_of = words(suite(tmp_path, seeds=(1, 2, 3)), "--run-root", root, "--workers", "1")
+    extra = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    running = subprocess.Popen(words_of, env=environ(), **extra)
+    wait_for(lambda: folders(root))
+    planned = script.read_text()
+    script.write_text(planned.replace("surrogate = torch.min(", "surrogate = torch.max("))
+    output, _ = running.communicate(timeout=100)
+    assert running.returncode == 0 and set(starts(root).values()) == {1}, output
+    assert {(f / script.name).read_text() for f in folders(root)} == {planned}
+    again = subprocess.run([*words_of, "--dry-run"], env=environ(), **extra).stdout
+    assert again.count("holds another run (another algorithm)") == 3
+
+
+def test_a_good_end_without_a_result_is_not_tried_again(tmp_path):
+    script, root = checkout(tmp_path), tmp_path / "r"
+    script.write_text(script.read_text().replace("train(parse_args(Args))", "parse_args(Args)"))
+    words_of = words(suite(tmp_path, seeds=(1,)), "--run-root", root)
+    done = subprocess.run(words_of, env=environ(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "exit code 0, but" in done.stdout, done.stdout + done.stderr
+    assert set(starts(root).values()) == {1}
+
+
+def test_folders_of_different_environments_are_different(tmp_path):
+    ids = ["probes:here/Short-v0", "probes:here-Short-v0", "Pendulum-v1"]
+    path, root = suite(tmp_path, env_ids=ids, seeds=(1,)), tmp_path / "r"
+    assert "3 of 3 complete" in sweep(path, "--run-root", root).stdout
+    names = [folder.name for folder in folders(root)]
+    assert len(names) == 3 and not any(":" in name for name in names)
+    assert {read_run(folder)["title"] for folder in folders(root)} == set(ids)
 
 
 def test_incomplete_runs_are_resumed(tmp_path, finished):

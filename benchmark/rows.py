@@ -1,0 +1,276 @@
+"""Runs that belong together, and what of them can be compared.
+
+A row is what has one line in a table: runs of one script on one environment that differ in nothing
+but the seed. A contender is what has one colour in a picture: a script, or a script with the name
+of a group of a suite, such as "ppo_continuous.py, gae-lambda 0.5".
+"""
+
+import json
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from benchmark import stats
+from benchmark.results import ROOT, code_hash, references, relevant
+
+ALGORITHMS = {
+    "ppo_continuous": "PPO",
+    "ppo_atari": "PPO",
+    "a2c": "A2C",
+    "reinforce": "REINFORCE",
+    "trpo": "TRPO",
+    "ddpg": "DDPG",
+    "sac": "SAC",
+    "dqn": "DQN",
+    "double_dqn_per": "Double DQN + PER",
+}  # under which names results are published; a script of the user's own needs none
+LIBRARIES = ("torch", "gymnasium", "mujoco", "ale_py")
+SUITES = ROOT / "benchmark" / "suites"
+
+
+class Row:
+    """Runs that differ in nothing but the seed: same script, code, libraries, arguments."""
+
+    def __init__(self, runs: list[dict]) -> None:
+        self.runs = sorted(runs, key=lambda run: run["args"]["seed"])
+        self.script, self.title = Path(runs[0]["script"]).stem, title(runs[0])
+        self.env_id, self.contender = runs[0]["args"]["env_id"], f"{self.script}.py"
+        name = self.title.removeprefix(self.env_id)  # of the suite's group: ", name" or nothing
+        if runs[0]["args"].get("env_kwargs"):
+            self.env_id += name  # another environment
+        else:
+            self.contender += name  # another algorithm, on the same one
+        self.code, self.arguments = runs[0]["code_hash"], same_for_all_seeds(runs[0])
+        self.libraries = libraries(runs[0])
+        self.done = [run for run in self.runs if run["eval"]]
+        self.finals = np.array([run["eval"]["episodic_return"] for run in self.done])
+        self.note = ""  # what tells it from other rows of its script and title
+
+    @property
+    def older(self) -> bool:
+        """Whether the script has changed since, other than in its prose."""
+        path = ROOT / f"{self.script}.py"
+        return not path.exists() or code_hash(path) != self.code
+
+    @property
+    def label(self) -> str:
+        notes = [self.note] if self.note else []
+        notes += ["older code"] if self.older else []
+        return f" ({', '.join(notes)})" if notes else ""
+
+    def published(self, label: str) -> dict | None:
+        """The row of reference_results.csv for this algorithm and environment."""
+        algorithm = ALGORITHMS.get(self.script, "")
+        keys = [(algorithm, name, label) for name in (self.title, self.env_id)]
+        return next((references()[key] for key in keys if key in references()), None)
+
+
+def title(run: dict) -> str:
+    """The environment, and the name that its suite gave to this group of runs, if any."""
+    return run.get("title", run["args"]["env_id"])
+
+
+def libraries(run: dict) -> dict:
+    """The versions of those libraries that numbers may depend on."""
+    return {name: run.get("versions", {}).get(name) for name in LIBRARIES}
+
+
+def same_for_all_seeds(run: dict) -> dict:
+    arguments = relevant(run["args"])
+    return {key: value for key, value in arguments.items() if key not in ("seed", "env_id")}
+
+
+def group(runs: list[dict]) -> list[Row]:
+    """Rows in order of script and title, for runs of the same code, libraries and arguments.
+
+    Where a script and title have several rows, each says what sets it apart.
+    """
+    groups = defaultdict(list)
+    for run in runs:
+        arguments = json.dumps(same_for_all_seeds(run), sort_keys=True)
+        key = run["code_hash"], json.dumps(libraries(run)), arguments
+        groups[run["script"], title(run), *key].append(run)
+    rows = [Row(members) for _, members in sorted(groups.items())]
+    together = defaultdict(list)
+    for row in rows:
+        together[row.script, row.title].append(row)
+    for several in together.values():
+        keys = {key for row in several for key in row.arguments}
+        differ = [k for k in sorted(keys) if len({str(r.arguments.get(k)) for r in several}) > 1]
+        for row in several if len(several) > 1 else []:
+            notes = [f"{key}={row.arguments.get(key)}" for key in differ]
+            notes += [f"code {row.code[:8]}"] if len({r.code for r in several}) > 1 else []
+            for name in LIBRARIES:
+                if len({r.libraries[name] for r in several}) > 1:
+                    notes.append(f"{name} {row.libraries[name]}")
+            row.note = ", ".join(notes)
+    return rows
+
+
+def without_repeats(runs: list[dict]) -> tuple[list[dict], list[str]]:
+    """A seed counts once: of runs that agree in everything, the first; and what was left out."""
+    kept, left_out = {}, []
+    for run in runs:
+        key = run["script"], run["code_hash"], json.dumps(relevant(run["args"]), sort_keys=True)
+        if key in kept:
+            left_out.append(f"{run.get('folder')}: the same run as {kept[key].get('folder')}")
+        kept.setdefault(key, run)
+    return list(kept.values()), left_out
+
+
+# ---- Over environments ---------------------------------------------------------------------------
+
+
+def best_published(env_id: str) -> float | None:
+    """The best published result of any algorithm."""
+    found = [r["mean"] for key, r in references().items() if key[1:] == (env_id, "best")]
+    return max(map(float, found), default=None)
+
+
+def normalised(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
+    """contender -> environment -> scores: 0 is random, 1 the best published of any algorithm.
+
+    Where a contender has several rows of one environment, none of them counts: which would be it?
+    """
+    scores: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for row in rows:
+        best, floor = best_published(row.env_id), references().get(("any", row.env_id, "random"))
+        if best is not None and floor and row.done and not row.note:
+            zero = float(floor["mean"])
+            scores[row.contender][row.env_id] = (row.finals - zero) / (best - zero)
+    return dict(scores)
+
+
+def families(rows: list[Row], whole_suites: bool = False) -> list[list[Row]]:
+    """The rows in parts: the environments that a suite, or each group of its runs, has together."""
+    suites = [path for path in sorted(SUITES.glob("*.toml")) if path.stem != "smoke"]
+    found, rest = [], rows
+    for suite in (tomllib.loads(path.read_text())["runs"] for path in suites):
+        env_ids = []
+        for part in suite:
+            other = f", {part.get('name')}" if "--env-kwargs" in part.get("args", []) else ""
+            env_ids.append({env_id + other for env_id in part["env_ids"]})
+        for together in [set.union(*env_ids)] if whole_suites else env_ids:
+            found.append([row for row in rest if row.env_id in together])
+            rest = [row for row in rest if row.env_id not in together]
+    return [part for part in [*found, rest] if part]
+
+
+def comparable(rows: list[Row]) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """The normalised scores of the contenders that have most environments, and what all have.
+
+    A contender with less than half as many as another would leave nearly none to compare.
+    """
+    scores = normalised(rows)
+    most = max(map(len, scores.values()), default=0)
+    scores = {name: envs for name, envs in scores.items() if 2 * len(envs) >= most}
+    every = [set(envs) for envs in scores.values()]
+    return scores, sorted(set.intersection(*every)) if every else []
+
+
+def has_scores(rows: list[Row]) -> bool:
+    """Whether there is more than one environment to take a mean over."""
+    return len(comparable(rows)[1]) > 1
+
+
+def own(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
+    """contender -> environment -> final returns, where it has one row of the environment."""
+    found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for row in rows:
+        if row.done and not row.note:
+            found[row.contender][row.env_id] = row.finals
+    return dict(found)
+
+
+def left_out(rows: list[Row]) -> dict[str, str]:
+    """What the measures over environments do not have -> the reason."""
+    scores, shared = comparable(rows)
+    few = {row.contender for row in rows if row.contender not in scores}
+    reasons = dict.fromkeys(sorted(few), "too few environments")
+    for row in (row for row in rows if row.contender not in few):
+        if row.env_id not in shared and row.done:
+            missing = [name for name in scores if row.env_id not in own(rows).get(name, {})]
+            known = any(row.env_id in envs for envs in scores.values())
+            lacks = f"not of {', '.join(missing)}" if missing else "no published result"
+            reasons[row.env_id] = lacks if known else "no published result"
+        if row.note:
+            reasons[row.env_id] = f"several rows of {row.contender}"
+    return reasons
+
+
+# ---- Measures, as data: of the tables, and of the CSV files --------------------------------------
+
+
+def summary(row: Row) -> dict:
+    """One line of a table of results."""
+    low, high = stats.mean_interval(row.finals) if len(row.done) else (np.nan, np.nan)
+    best = row.published("best")
+    return {
+        "script": f"{row.script}.py",
+        "environment": row.title,
+        "note": row.label.strip(" ()"),
+        "steps": row.arguments["total_timesteps"],
+        "mean": row.finals.mean() if row.done else np.nan,
+        "std": row.finals.std(ddof=1) if len(row.done) > 1 else np.nan,
+        "low": float(low),
+        "high": float(high),
+        "seeds": len(row.done),
+        "runs": len(row.runs),
+        "best_published": float(best["mean"]) if best else np.nan,
+    }
+
+
+def every_run(rows: list[Row]) -> list[dict]:
+    """One line for every run, finished or not."""
+    found = []
+    for row in rows:
+        for run in row.runs:
+            state = run.get("failed") or f"unfinished at step {run['steps']:,}"
+            final = run["eval"] or {}
+            found.append(
+                {
+                    "script": f"{row.script}.py",
+                    "environment": row.title,
+                    "note": row.label.strip(" ()"),
+                    "seed": run["args"]["seed"],
+                    "final_return": final.get("episodic_return", np.nan),
+                    "std_over_episodes": final.get("episodic_return_std", np.nan),
+                    "episodes": final.get("episodes", 0),
+                    "steps": run["steps"],
+                    "minutes": run["wall_time"] / 60,
+                    "state": "finished" if run["eval"] else state,
+                }
+            )
+    return found
+
+
+def pairs(rows: list[Row]) -> list[dict]:
+    """Who beats whom, for every two contenders that share an environment."""
+    finals, found = own(rows), []
+    for a, b in ((a, b) for a in finals for b in finals if a < b and finals[a].keys() & finals[b]):
+        shared = sorted(finals[a].keys() & finals[b])
+        x, y = ([finals[name][env_id] for env_id in shared] for name in (a, b))
+        value, low, high = stats.probability_of_improvement(x, y)
+        if min(map(len, x + y)) < stats.FEWEST:
+            low = high = np.nan
+        line = {"x": a, "y": b, "probability": value, "low": low, "high": high}
+        found.append(line | {"environments": len(shared)})
+    return found
+
+
+def aggregates(rows: list[Row]) -> list[dict]:
+    """IQM and mean of normalised scores over what all contenders share; [] below two of these."""
+    scores, shared = comparable(rows)
+    found = []
+    for name, envs in scores.items() if has_scores(rows) else []:
+        parts, line = [envs[env_id] for env_id in shared], {"script": name}
+        for measure, statistic in (("iqm", stats.iqm), ("mean", stats.mean)):
+            line[measure] = float(statistic(np.concatenate(parts), stats.equal_weights(parts)))
+            low, high = stats.interval(parts, statistic)
+            few = min(map(len, parts)) < stats.FEWEST
+            line[f"{measure}_low"], line[f"{measure}_high"] = (np.nan,) * 2 if few else (low, high)
+        line["at_or_above_1"] = float(np.mean([(x >= 1).mean() for x in parts]))
+        found.append(line | {"environments": len(shared)})
+    return found
