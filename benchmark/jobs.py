@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import functools
 import glob
+import hashlib
 import json
 import os
 import shlex
@@ -20,9 +21,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from benchmark.results import ROOT, code_hash, hardware, relevant
+from benchmark.results import ROOT, code_hash, hardware, hash_of_text, relevant
 
 USERS_MISTAKE, NOT_FINITE = 2, 3  # exit codes of the scripts that a second try would repeat
+
+
+@dataclass(frozen=True)
+class Source:
+    """A script as it is when a sweep begins: somebody may edit it while the sweep runs."""
+
+    script: str
+    text: str
+
+    @property
+    def code(self) -> str:
+        return hash_of_text(self.text)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+
+    def keep(self, root: Path) -> None:
+        """Write it beside the run folders, for the jobs to run. Raises: OSError."""
+        folder = root / "code" / self.digest
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{self.script}.{os.getpid()}"
+        part.write_text(self.text)
+        part.rename(folder / f"{self.script}.py")  # whole at every instant: another may start it
+
+
+def read_source(script: str) -> Source:
+    return Source(script, (ROOT / f"{script}.py").read_text())
 
 
 @dataclass(frozen=True)
@@ -38,7 +67,7 @@ class Job:
 
     @property
     def source(self) -> Path:
-        """The script as the sweep planned it: somebody may edit it while the sweep runs."""
+        """What it runs: a Source that was kept."""
         return self.folder.parent / "code" / self.digest / f"{self.script}.py"
 
     @property

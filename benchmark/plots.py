@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmark import stats
 from benchmark.results import references
-from benchmark.rows import ALGORITHMS, Row, best_published, comparable, families, has_scores
+from benchmark.rows import ALGORITHMS, Row, best_published, comparable, has_scores
 
 # Okabe and Ito's colours, told apart by everybody; black and grey are for other people's results
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -193,29 +193,29 @@ def draw_curves(
 # ---- Performance profiles ------------------------------------------------------------------------
 
 
-def draw_profiles(rows: list[Row], path: Path, pdf: bool = False) -> None:
-    """Performance profiles: the share of runs above each normalised score, a panel a family."""
+def draw_profiles(parts: list[list[Row]], path: Path, pdf: bool = False) -> None:
+    """Performance profiles: the share of runs above each normalised score, a panel a part."""
     plt = pyplot()
-    panels = [family for family in families(rows) if has_scores(family)]
-    names = list(dict.fromkeys(row.contender for family in panels for row in family))
+    panels = [rows for rows in parts if has_scores(rows)]
+    names = list(dict.fromkeys(row.contender for rows in panels for row in rows))
     shown: dict = {}
     columns = min(2, len(panels))
     height = -(-len(panels) // columns)
     size = (max(5.0, 4.6 * columns), 2.9 * height + 0.9)
     figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
-    for panel, family in zip(axes.flat, panels, strict=False):
-        scores, shared = comparable(family)
+    for panel, rows in zip(axes.flat, panels, strict=False):
+        scores, shared = comparable(rows)
         every = np.concatenate([envs[env_id] for envs in scores.values() for env_id in shared])
         low, high = min(0, every.min()), max(1, every.max())
         low, high = math.floor(low * 10) / 10, math.ceil(high * 10 + 0.5) / 10
         thresholds = np.linspace(low, high, 201)
         for name, envs in scores.items():
-            parts, place = [envs[env_id] for env_id in shared], names.index(name)
+            of, place = [envs[env_id] for env_id in shared], names.index(name)
             color, style = COLORS[place % len(COLORS)], STYLES[place // len(COLORS) % len(STYLES)]
-            profile = stats.performance_profile(parts, thresholds)
+            profile = stats.performance_profile(of, thresholds)
             thick = {"color": color, "linestyle": style, "linewidth": 1.8}
             shown.setdefault(name, panel.plot(thresholds, profile, **thick)[0])
-            band = stats.profile_band(parts, thresholds)
+            band = stats.profile_band(of, thresholds)
             panel.fill_between(thresholds, *band, color=color, alpha=0.2, lw=0)
         line = panel.axvline(1, color=BLACK, linestyle="--", linewidth=1)
         panel.set_title(f"{shared[0]} to {shared[-1]}: {len(shared)} environments", fontsize=10)
@@ -228,4 +228,4 @@ def draw_profiles(rows: list[Row], path: Path, pdf: bool = False) -> None:
         panel.set_ylabel("share of runs above the score")
     shown["best published of any algorithm"] = line
     add_legend(figure, shown, "Bands: 95 % stratified bootstrap intervals over seeds.")
-    save(figure, rows, path, pdf)
+    save(figure, [row for rows in parts for row in rows], path, pdf)

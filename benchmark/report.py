@@ -26,6 +26,7 @@ from benchmark.rows import (
     families,
     group,
     has_scores,
+    kinds,
     left_out,
     own,
     pairs,
@@ -223,7 +224,7 @@ def write_readme() -> None:
         plots.draw_curves(rows, RESULTS / f"{script}.png")
     everything = [row for rows in found.values() for row in rows]
     if any(map(has_scores, families(everything))):
-        plots.draw_profiles(everything, RESULTS / "profiles.png")
+        plots.draw_profiles(families(everything), RESULTS / "profiles.png")
     (ROOT / "README.md").write_text(readme_with_results())
 
 
@@ -262,17 +263,16 @@ def write_report(paths: list[Path], out: Path, **curves) -> list[str]:
     if any(run["curve"] for run in runs):
         plots.draw_curves(rows, out / "curves.png", pdf=True, **curves)
         parts += ["![Learning curves](curves.png)\n"]
-    together, measured = families(rows, True), families(rows)
-    parts += [text for family in together if (text := comparison(family))]
-    if over := [text for family in measured if (text := score_table(family))]:
-        plots.draw_profiles(rows, out / "profiles.png", pdf=True)
+    parts += [comparison(rows)]
+    if over := [text for part in kinds(rows) if (text := score_table(part))]:
+        plots.draw_profiles(kinds(rows), out / "profiles.png", pdf=True)
         parts += [*over, "![Performance profiles](profiles.png)"]
     (out / "report.md").write_text("\n".join(parts) + "\n")
     tables = {
         "results": [summary(row) for row in rows],
         "runs": every_run(rows),
-        "pairs": [line for family in together for line in pairs(family)],
-        "scores": [line for family in measured for line in aggregates(family)],
+        "pairs": pairs(rows),
+        "scores": [line for part in kinds(rows) for line in aggregates(part)],
     }
     for name, lines in tables.items():
         if lines:

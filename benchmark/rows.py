@@ -175,6 +175,11 @@ def has_scores(rows: list[Row]) -> bool:
     return len(comparable(rows)[1]) > 1
 
 
+def kinds(rows: list[Row]) -> list[list[Row]]:
+    """All rows together where the contenders share environments; otherwise parts that may do so."""
+    return [rows] if has_scores(rows) else families(rows)
+
+
 def own(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
     """contender -> environment -> final returns, where it has one row of the environment."""
     found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)

@@ -33,8 +33,8 @@ from typing import Annotated, Literal, NoReturn
 import tyro
 
 from benchmark import jobs
-from benchmark.jobs import Job
-from benchmark.results import ROOT, folder_name, hash_of_text
+from benchmark.jobs import Job, Source
+from benchmark.results import ROOT, folder_name
 
 SUITES = Path(__file__).resolve().parent / "suites"
 
@@ -74,6 +74,9 @@ class Options:
     """GPUs that Ray keeps for a job; 0.25 lets four jobs share one."""
 
 
+TUNING_SEEDS = (
+    1_000_000  # from here on: benchmark.tune's alone, so that no result is of one of them
+)
 SUITE_KEYS = ("seeds", "runs")
 GROUP_KEYS = ("name", "scripts", "env_ids", "args", "grid")
 
@@ -117,8 +120,8 @@ def read_suite(name: str) -> dict:
         for (script, env), count in collections.Counter(titles).items():
             if count > 1:
                 wrong(f"suite {path}: {script} on {env} stands there twice: give one a name")
-        if not all(type(seed) is int and 0 <= seed < 2**32 for seed in suite["seeds"]):
-            wrong(f"suite {path}: seeds is a list of whole numbers from 0 on")
+        if not all(type(seed) is int and 0 <= seed < TUNING_SEEDS for seed in suite["seeds"]):
+            wrong(f"suite {path}: seeds is a list of whole numbers from 0 to {TUNING_SEEDS - 1:,}")
         return suite
     except FileNotFoundError:
         wrong(f"no suite {name}: there are {known}, or give the path of a .toml file")
@@ -146,6 +149,8 @@ def choose_seeds(options: Options, default: list[int]) -> list[int]:
         if not match or int(match[2] or match[1]) < int(match[1]):
             wrong(f"--seeds {options.seeds}: one (21), a range (11-15) or a list (3,7,9)")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if max(seeds) >= TUNING_SEEDS:
+        wrong(f"--seeds {options.seeds}: those from {TUNING_SEEDS:,} on are benchmark.tune's")
     return list(dict.fromkeys(seeds))
 
 
@@ -156,15 +161,19 @@ def expand(group: dict) -> list[dict]:
     for values in itertools.product(*grid.values()):
         names, more = [group["name"]], []
         for flag, value in zip(grid, values, strict=True):
-            if isinstance(value, bool):
-                names.append(flag if value else f"no-{flag}")
-                more.append(f"--{names[-1]}")
-            else:
-                names.append(f"{flag} {value}")
-                more += [f"--{flag}", str(value)]
+            words = flag_words(flag, value)
+            names.append(" ".join(words).removeprefix("--"))
+            more += words
         name = " ".join(filter(None, names))
         groups.append(group | {"name": name, "args": [*group["args"], *more]})
     return groups
+
+
+def flag_words(flag: str, value: object) -> list[str]:
+    """A flag and its value as a command line has them."""
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", str(value)]
 
 
 def load_script(name: str):
@@ -210,7 +219,7 @@ def check_environment(env_id: str) -> None:
         wrong(f"--env-ids {env_id}: {error}")
 
 
-def plan(options: Options) -> tuple[list[Job], dict[str, str]]:
+def plan(options: Options) -> tuple[list[Job], list[Source]]:
     """The jobs in order: seeds innermost, so that a table fills row by row; and the scripts."""
     suite = read_suite(options.suite)
     groups = suite["runs"]
@@ -225,7 +234,7 @@ def plan(options: Options) -> tuple[list[Job], dict[str, str]]:
     root = (options.run_root or Path("runs") / Path(options.suite).stem).absolute()
     together = collections.Counter(map(folder_name, {*known, *options.env_ids}))
     planned: dict[Path, Job] = {}
-    sources: dict[str, str] = {}
+    sources = {script: jobs.read_source(script) for script in chosen}
     for group in groups:
         for script in (name for name in group["scripts"] if name in chosen):
             wanted = [env for env in options.env_ids if env in group["env_ids"] or env not in known]
@@ -233,8 +242,7 @@ def plan(options: Options) -> tuple[list[Job], dict[str, str]]:
                 check_environment(env_id)
                 arguments = [*group["args"], *extra]
                 resolved = resolve(script, env_id, arguments)
-                text = sources.setdefault(script, (ROOT / f"{script}.py").read_text())
-                code, digest = hash_of_text(text), hashlib.sha256(text.encode()).hexdigest()[:12]
+                code, digest = sources[script].code, sources[script].digest
                 place = folder_name(env_id)
                 if together[place] > 1:  # another environment's folders have this name, too
                     place += "~" + hashlib.sha256(env_id.encode()).hexdigest()[:6]
@@ -246,16 +254,7 @@ def plan(options: Options) -> tuple[list[Job], dict[str, str]]:
                     planned.setdefault(folder, job)
     if not planned:
         wrong("nothing to run: none of these scripts and environments go together in this suite")
-    return list(planned.values()), sources
-
-
-def keep_sources(planned: list[Job], sources: dict[str, str]) -> None:
-    """Write each script as it is now beside the run folders, for the jobs to run."""
-    for job in {job.source: job for job in planned}.values():
-        job.source.parent.mkdir(parents=True, exist_ok=True)
-        part = job.source.with_name(f"{job.script}.{os.getpid()}")
-        part.write_text(sources[job.script])
-        part.rename(job.source)  # whole at every instant, as another sweep may start it
+    return list(planned.values()), list(sources.values())
 
 
 # ---- Engines: how jobs run; each yields now and then, so that the board can be drawn -------------
@@ -480,12 +479,14 @@ def show(path: Path) -> Path:
 
 
 def print_commands(planned: list[Job]) -> None:
+    """A line for each job, whatever its state: batch systems count them. Remarks go to stderr."""
     for job in planned:
         state, text = jobs.status(job), shlex.join(jobs.command(job, "python", relative=True))
         if state == "other":
-            print(f"# {other(job)}")
+            print(other(job), file=sys.stderr)
         if aside := jobs.kept_aside(job):
-            print(f"# {job.name} was set aside as {aside.name}: it will be brought back")
+            remark = f"{job.name} was set aside as {aside.name}: it will be brought back"
+            print(remark, file=sys.stderr)
             state = jobs.status(job, aside)
         print(f"# complete: {text}" if state == "complete" else text)
 
@@ -510,7 +511,8 @@ def main() -> None:
     failed: dict[Job, str] = {}
     root = show(planned[0].folder.parent)
     try:
-        keep_sources(planned, sources)
+        for source in sources:
+            source.keep(planned[0].folder.parent)
         for job in planned:
             jobs.bring_back(job)
     except OSError as error:

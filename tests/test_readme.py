@@ -1,5 +1,6 @@
 """The README tells the truth: its commands run, links lead somewhere, tables are the data's."""
 
+import os
 import re
 import shlex
 import shutil
@@ -7,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import OURS, ROOT, load_file, run
-from test_sweep import plan
+from conftest import OURS, ROOT, checkpoint, environ, load_file, run
+from test_sweep import checkout, plan, step, wait_for
 
 README = (ROOT / "README.md").read_text()
 
@@ -64,11 +65,100 @@ def test_flags_in_the_prose_exist():
     help_text = plan("--help").stdout
     for script in OURS:
         help_text += run(script, "--help", quick=False).stdout
-    for name in ("report", "speed"):
+    for name in ("report", "speed", "tune"):
         words = [sys.executable, "-m", f"benchmark.{name}", "--help"]
         help_text += subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert flag in help_text, flag
+
+
+def block(start):
+    """The one block of README that begins so."""
+    (found,) = [text for text in README.split("```") if text.startswith(f"\n{start}")]
+    return found
+
+
+def test_a_comparison_of_ones_own(tmp_path):
+    """The page's commands and its suite, with fewer steps: a changed copy, and a sentence."""
+    checkout(tmp_path)
+    steps = block("cp ").splitlines()
+    (tmp_path / "my_suite.toml").write_text(
+        block("seeds = [1, 2, 3]").replace("100_000", "2048").replace("]\n\n", "]\n", 1)
+    )
+    output = ""
+    for line in (line.partition(" #")[0] for line in steps if line.strip()):
+        words = [sys.executable if word == "python" else word for word in shlex.split(line)]
+        words = ["2048" if word == "20000" else word for word in words]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environ())
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        output += done.stdout
+        if words[0] == "cp":
+            copy = tmp_path / "my_algo.py"
+            copy.write_text(copy.read_text().replace("gamma: float = 0.99", "gamma: float = 0.9"))
+    assert "12 of 12 complete in runs/my_suite" in output
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "older code" not in text and "| `my_algo.py` | steps |" in text
+    assert re.search(r"\| `my_algo.py` \| `ppo_continuous.py` \| \d\.\d\d \[.*\] \| 2 \|", text)
+    assert (tmp_path / "report" / "curves.pdf").exists()
+
+
+def test_a_script_of_ones_own_fails_no_test(tmp_path):
+    """It is said to be left out, and is tested with a line of its own in conftest.py."""
+    hidden = shutil.ignore_patterns("results", "__pycache__")
+    for name in ("tests", "benchmark"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=hidden)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), ROOT / "README.md"]:
+        shutil.copy(path, tmp_path)
+    shutil.copy(ROOT / "ppo_continuous.py", tmp_path / "my_algo.py")
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-o", "addopts="]
+
+    def tests(*which):
+        done = subprocess.run(
+            [*words, *which], cwd=tmp_path, capture_output=True, text=True, env=environ()
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    output = tests("tests/test_style.py", "tests/test_report.py::test_every_script_is_known")
+    assert "not tested: my_algo.py, without a line in tests/conftest.py" in output
+    with open(tmp_path / "tests" / "conftest.py") as file:
+        text = file.read().replace("FOUND = {", 'QUICK["my_algo"] = QUICK["a2c"]\nFOUND = {', 1)
+    (tmp_path / "tests" / "conftest.py").write_text(text.replace('["a2c"]\nF', '["trpo"]\nF'))
+    output = tests("tests/test_style.py", "tests/test_run.py", "--collect-only")
+    assert "[my_algo]" in output.split("test_run.py", 1)[1] and "not tested" not in output
+    assert "[my_algo]" not in output.split("test_run.py", 1)[0]
+
+
+def test_a_task_of_a_job_array(tmp_path):
+    """Slurm's part is played by a script. Its signal: a checkpoint, and into the queue again."""
+    script = checkout(tmp_path)
+    (tmp_path / "small.toml").write_text(
+        "seeds = [1]\n[[runs]]\nscripts = ['ppo_continuous']\nenv_ids = ['Pendulum-v1']\n"
+        "args = ['--total-timesteps', '20480', '--num-envs', '2', '--num-steps', '256']\n"
+    )
+    array = (
+        block("#!/bin/bash\n#SBATCH --array").lstrip().replace("sweep mujoco", "sweep small.toml")
+    )
+    (tmp_path / "array.sh").write_text(array)
+    stub, here = tmp_path / "bin" / "scontrol", f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/bash\necho "$@" > queued\n')
+    stub.chmod(0o755)
+    (stub.parent / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (stub.parent / "python").chmod(0o755)
+    extra = {"PATH": here, "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "77"}
+    folder = tmp_path / "runs" / "small" / "Pendulum-v1__ppo_continuous__1"
+
+    def begin():
+        return subprocess.Popen(["bash", "array.sh"], cwd=tmp_path, env=environ(**extra))
+
+    task = begin()
+    wait_for(lambda: step(folder))
+    task.terminate()
+    assert task.wait(60) == 0 and (tmp_path / "queued").read_text() == "requeue 77\n"
+    assert 0 < checkpoint(folder)["global_step"] < 20_480
+    assert begin().wait(200) == 0 and checkpoint(folder)["global_step"] == 20_480
+    assert begin().wait(60) == 0 and script.exists()  # complete: nothing to do
 
 
 def test_links_lead_somewhere():
@@ -105,7 +195,7 @@ def test_results_are_what_the_committed_data_gives():
     pictures = {script: rows for script, rows in found.items()}
     everything = [row for rows in found.values() for row in rows]
     if any(map(report.has_scores, report.families(everything))):
-        pictures["profiles"] = everything
+        pictures["profiles"] = [row for part in report.families(everything) for row in part]
     assert pictures
     for name, rows in pictures.items():
         image = Image.open(report.RESULTS / f"{name}.png")

@@ -509,7 +509,7 @@ def test_profiles_fit_their_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "save", lambda figure, *_: kept.append(figure))
     fakes(tmp_path, ["sac", "ddpg"], ["Hopper-v5", "Walker2d-v5", "Reacher-v5"])
     found = rows.group([results.read_run(f) for f in results.run_folders([tmp_path])])
-    plots.draw_profiles(found, tmp_path / "unused.png")
+    plots.draw_profiles([found], tmp_path / "unused.png")
     scores = [x for envs in rows.normalised(found).values() for part in envs.values() for x in part]
     low, high = kept[0].axes[0].get_xlim()
     assert 0 <= min(0, *scores) - low < 0.2 and 0 <= high - max(1, *scores) < 0.2
