@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 from conftest import ROOT, TESTS, checkpoint, environ, metrics, same, without_times
 
-from benchmark import report
+from benchmark import rows
 from benchmark.results import read_run
 from benchmark.sweep import main
 
@@ -183,7 +183,7 @@ def test_a_group_can_have_a_name(tmp_path):
     runs = [read_run(folder) for folder in folders(root)]
     titles = ["Pendulum-v1", "Pendulum-v1, long view"]
     assert sorted(run["title"] for run in runs) == titles
-    assert [row.env_id + row.label for row in report.group(runs)] == titles
+    assert [row.title + row.label for row in rows.group(runs)] == titles
     path.write_text(f"seeds = [1]\n{group}{group}")
     done = plan(path, "--run-root", root, "--dry-run", code=2)
     assert "ppo_continuous on Pendulum-v1 stands there twice" in done.stderr
