@@ -994,7 +994,8 @@ class Run:
                     self.wandb_id = self.wandb_id or os.urandom(4).hex()
                     self.wandb = wandb.init(
                         project=args.wandb_project_name, entity=args.wandb_entity, mode=mode,
-                        name=self.dir.name, group=f"{SCRIPT.stem}__{args.env_id}", dir=self.dir,
+                        name=self.dir.name, dir=self.dir,
+                        group=os.environ.get("WANDB_RUN_GROUP", f"{SCRIPT.stem}__{args.env_id}"),
                         id=self.wandb_id, resume="allow", config=asdict(args), settings=settings,
                     )
                     break

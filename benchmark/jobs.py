@@ -232,13 +232,16 @@ def start(job: Job) -> subprocess.Popen | None:
         log.flush()
         more = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         # What stands beside the script can be imported, as if it were started where it stands.
-        beside = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        more["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+        )
+        of_all_seeds = f"{job.script}__{job.name.rsplit('__', 2)[0]}"
         return subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=os.environ | more | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": beside},
+            env={"WANDB_RUN_GROUP": of_all_seeds, **os.environ, **more, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which asks each job once
             preexec_fn=die_with_parent,
         )

@@ -36,7 +36,7 @@ FIELD_VARIANTS: dict[str, str] = {
     "log_std_init": "PPO names its source",
 }
 LINES = {
-    "double_dqn_per": 1220,
+    "double_dqn_per": 1221,
     "a2c": 1325,
     "reinforce": 1160,
     "trpo": 1235,

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import wandb_file
 from conftest import ROOT, TESTS, checkpoint, environ, metrics, same, without_times
 
 from benchmark import rows
@@ -546,10 +547,19 @@ def test_the_live_table(tmp_path):
 
 
 def test_tracked_jobs_are_grouped(tmp_path):
-    """wandb draws mean and spread of a group: one for each script and environment."""
-    root = tmp_path / "r"
-    sweep(suite(tmp_path, seeds=(1,)), "--run-root", root, "--track", WANDB_MODE="offline")
+    """wandb draws mean and spread of a group: one for each script, environment and name."""
+    path, root = suite(tmp_path, seeds=(1,)), tmp_path / "r"
+    sweep(path, "--run-root", root, "--track", WANDB_MODE="offline")
     (file,) = root.glob("*/wandb/offline-run-*/*.wandb")
-    assert b"ppo_continuous__Pendulum-v1" in file.read_bytes()
+    assert wandb_file.group(file) == "ppo_continuous__Pendulum-v1"
+    path.write_text(path.read_text() + "name = 'long view'\n")
+    for given, expected in (
+        ({}, "ppo_continuous__Pendulum-v1, long view"),
+        ({"WANDB_RUN_GROUP": "mine"}, "mine"),
+    ):
+        extra = {"WANDB_MODE": "offline"} | given
+        sweep(path, "--run-root", tmp_path / str(len(given)), "--track", **extra)
+        (file,) = (tmp_path / str(len(given))).glob("*/wandb/offline-run-*/*.wandb")
+        assert wandb_file.group(file) == expected
     begun = sweep(suite(tmp_path, seeds=(1,)), "--run-root", root, WANDB_MODE="offline")
     assert "1 complete" in begun.stdout  # with or without --track it is the same run

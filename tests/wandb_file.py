@@ -22,14 +22,25 @@ def payloads(data):
             yield record
 
 
-def read(path):
-    """The run's configuration, and its history as one dict a row."""
+def records(path):
     from wandb.proto.wandb_internal_pb2 import Record
 
-    config, history = {}, []
     for payload in payloads(path.read_bytes()):
         record = Record()
         record.ParseFromString(payload)
+        yield record
+
+
+def group(path):
+    """The group that the run belongs to."""
+    (name,) = {record.run.run_group for record in records(path) if record.HasField("run")}
+    return name
+
+
+def read(path):
+    """The run's configuration, and its history as one dict a row."""
+    config, history = {}, []
+    for record in records(path):
         if record.HasField("run"):
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         if record.HasField("history"):
