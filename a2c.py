@@ -506,6 +506,7 @@ class AtariActorCritic(nn.Module):
     def __init__(self, num_frames: int, num_actions: int, bfloat16: bool) -> None:
         super().__init__()
         self.bfloat16 = bfloat16  # in the hidden layers; the last ones need float32
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.hidden = nn.Sequential(
             orthogonal(nn.Conv2d(num_frames, 32, 8, stride=4)), nn.ReLU(),
             orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
@@ -516,8 +517,8 @@ class AtariActorCritic(nn.Module):
         self.to(memory_format=torch.channels_last)  # convolutions are faster in this layout
 
     def forward(self, obs: Tensor) -> tuple[Policy, Tensor]:
-        obs = obs.contiguous(memory_format=torch.channels_last) / 255
-        with torch.autocast("cuda" if obs.is_cuda else "cpu", torch.bfloat16, self.bfloat16):
+        obs = obs.to(self.dtype, memory_format=torch.channels_last) / 255
+        with torch.autocast("cuda" if obs.is_cuda else "cpu", self.dtype, self.bfloat16):
             hidden = self.hidden(obs)
         hidden = hidden.float()
         return self.logits(hidden), self.value(hidden).squeeze(-1)
@@ -525,7 +526,7 @@ class AtariActorCritic(nn.Module):
 
 def make_agent(args: Args, obs_shape: tuple[int, ...], to_env: Any) -> nn.Module:
     """The networks for what is observed and done, in the precision that was asked for."""
-    torch.set_float32_matmul_precision("highest" if args.precision == "highest" else "medium")
+    torch.set_float32_matmul_precision("medium" if args.precision == "medium" else "highest")
     if args.atari:
         if args.critic_steps > 1 or args.norm_obs:
             stop("error: on Atari one network sees bytes: use --critic-steps 1 and --no-norm-obs")
@@ -686,7 +687,8 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops. `lives` counts those left.
+    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops, and goes on with FIRE after
+    a lost life, which Breakout would wait for. `lives` counts those left.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
@@ -699,6 +701,9 @@ class AtariGame(gym.Env):
         self.game = AtariVectorEnv(game, num_envs=1, num_threads=1, **options, **args.env_kwargs)
         self.observation_space = self.game.single_observation_space
         self.action_space, self.render_mode = self.game.single_action_space, render_mode
+        names = [action.name for action in self.game.ale.get_action_set()]
+        fires = args.env_kwargs.get("use_fire_reset", True) and "FIRE" in names
+        self.fire = np.array([names.index("FIRE")]) if fires else None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         obs, info = self.game.reset(seed=seed)
@@ -716,6 +721,11 @@ class AtariGame(gym.Env):
             self.send(action)
         self.begun = False
         obs, rewards, terminations, truncations, info = self.game.recv()
+        dies = int(info["lives"][0]) < self.lives and not terminations[0] and not truncations[0]
+        if dies and self.fire is not None:
+            reward = rewards[0]
+            obs, rewards, terminations, truncations, info = self.game.step(self.fire)
+            rewards += reward
         self.frames, self.lives = obs[0], int(info["lives"][0])
         return self.frames, float(rewards[0]), bool(terminations[0]), bool(truncations[0]), {}
 

@@ -28,7 +28,7 @@ Deviations from the paper:
   to 0, a target network that follows in small steps, and the squared loss. As rewards are not
   clipped there, rare failures bring large errors; Huber's loss would limit their effect so much
   that Q grows too high.
-- A game begins with FIRE, if it has that button, before the paper's random number of no-ops.
+- FIRE, in games that have it, is pressed before the paper's no-ops and after each lost life.
 - Evaluation is greedy; the paper keeps an epsilon of 0.05.
 """
 
@@ -189,6 +189,7 @@ class AtariQNetwork(nn.Module):
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, bfloat16: bool) -> None:
         super().__init__()
         self.bfloat16 = bfloat16  # in the hidden layers; the last one needs float32
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.hidden = nn.Sequential(
             nn.Conv2d(obs_shape[0], 32, 8, stride=4), nn.ReLU(),
             nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
@@ -199,8 +200,8 @@ class AtariQNetwork(nn.Module):
         self.to(memory_format=torch.channels_last)  # convolutions are faster in this layout
 
     def forward(self, obs: Tensor) -> Tensor:
-        obs = obs.contiguous(memory_format=torch.channels_last) / 255
-        with torch.autocast("cuda" if obs.is_cuda else "cpu", torch.bfloat16, self.bfloat16):
+        obs = obs.to(self.dtype, memory_format=torch.channels_last) / 255
+        with torch.autocast("cuda" if obs.is_cuda else "cpu", self.dtype, self.bfloat16):
             hidden = self.hidden(obs)
         return self.last(hidden.float())
 
@@ -318,7 +319,6 @@ def train(args: Args) -> None:
     torch.manual_seed(args.seed)  # for the initial weights; everything else draws from rng
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
     num_actions, first_action = int(action_space.n), int(action_space.start)
-
     q_network = make_q_network(args, obs_shape, num_actions).to(device)
     target_network = copy.deepcopy(q_network)
     optimizer = make_optimizer(args, q_network)
@@ -514,7 +514,8 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops. `lives` counts those left.
+    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops, and goes on with FIRE after
+    a lost life, which Breakout would wait for. `lives` counts those left.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
@@ -527,6 +528,9 @@ class AtariGame(gym.Env):
         self.game = AtariVectorEnv(game, num_envs=1, num_threads=1, **options, **args.env_kwargs)
         self.observation_space = self.game.single_observation_space
         self.action_space, self.render_mode = self.game.single_action_space, render_mode
+        names = [action.name for action in self.game.ale.get_action_set()]
+        fires = args.env_kwargs.get("use_fire_reset", True) and "FIRE" in names
+        self.fire = np.array([names.index("FIRE")]) if fires else None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         obs, info = self.game.reset(seed=seed)
@@ -544,6 +548,11 @@ class AtariGame(gym.Env):
             self.send(action)
         self.begun = False
         obs, rewards, terminations, truncations, info = self.game.recv()
+        dies = int(info["lives"][0]) < self.lives and not terminations[0] and not truncations[0]
+        if dies and self.fire is not None:
+            reward = rewards[0]
+            obs, rewards, terminations, truncations, info = self.game.step(self.fire)
+            rewards += reward
         self.frames, self.lives = obs[0], int(info["lives"][0])
         return self.frames, float(rewards[0]), bool(terminations[0]), bool(truncations[0]), {}
 

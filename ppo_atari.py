@@ -166,6 +166,7 @@ class AtariActorCritic(nn.Module):
     def __init__(self, num_frames: int, num_actions: int, bfloat16: bool) -> None:
         super().__init__()
         self.bfloat16 = bfloat16  # in the hidden layers; the last ones need float32
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.hidden = nn.Sequential(
             orthogonal(nn.Conv2d(num_frames, 32, 8, stride=4)), nn.ReLU(),
             orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
@@ -176,8 +177,8 @@ class AtariActorCritic(nn.Module):
         self.to(memory_format=torch.channels_last)  # convolutions are faster in this layout
 
     def forward(self, obs: Tensor) -> tuple[Policy, Tensor]:
-        obs = obs.contiguous(memory_format=torch.channels_last) / 255
-        with torch.autocast("cuda" if obs.is_cuda else "cpu", torch.bfloat16, self.bfloat16):
+        obs = obs.to(self.dtype, memory_format=torch.channels_last) / 255
+        with torch.autocast("cuda" if obs.is_cuda else "cpu", self.dtype, self.bfloat16):
             hidden = self.hidden(obs)
         hidden = hidden.float()
         return self.logits(hidden), self.value(hidden).squeeze(-1)
@@ -296,7 +297,6 @@ def train(args: Args) -> None:
     value_clip = args.clip_coef if args.clip_vloss else math.inf
     batch_size = args.num_envs * args.num_steps
     mine = my_games(args)  # the other processes of torchrun, if any, play the rest
-    dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
 
     @torch.no_grad()
     def deterministic_policy(obs: np.ndarray) -> np.ndarray:
@@ -305,7 +305,7 @@ def train(args: Args) -> None:
 
     def gradient_step(obs, actions, old_log_probs, advantages, returns, old_values):
         """Compute the gradients of this process's games, for the next step of the optimizer."""
-        logits, values = agent(obs.to(dtype))
+        logits, values = agent(obs)
         log_ratio = categorical_log_prob(logits, actions) - old_log_probs
         assert log_ratio.shape == values.shape == advantages.shape == returns.shape
         policy_loss = ppo_policy_loss(log_ratio, advantages, args.clip_coef, None)  # eq. 7
@@ -466,7 +466,8 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops. `lives` counts those left.
+    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops, and goes on with FIRE after
+    a lost life, which Breakout would wait for. `lives` counts those left.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
@@ -479,6 +480,9 @@ class AtariGame(gym.Env):
         self.game = AtariVectorEnv(game, num_envs=1, num_threads=1, **options, **args.env_kwargs)
         self.observation_space = self.game.single_observation_space
         self.action_space, self.render_mode = self.game.single_action_space, render_mode
+        names = [action.name for action in self.game.ale.get_action_set()]
+        fires = args.env_kwargs.get("use_fire_reset", True) and "FIRE" in names
+        self.fire = np.array([names.index("FIRE")]) if fires else None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         obs, info = self.game.reset(seed=seed)
@@ -496,31 +500,16 @@ class AtariGame(gym.Env):
             self.send(action)
         self.begun = False
         obs, rewards, terminations, truncations, info = self.game.recv()
+        dies = int(info["lives"][0]) < self.lives and not terminations[0] and not truncations[0]
+        if dies and self.fire is not None:
+            reward = rewards[0]
+            obs, rewards, terminations, truncations, info = self.game.step(self.fire)
+            rewards += reward
         self.frames, self.lives = obs[0], int(info["lives"][0])
         return self.frames, float(rewards[0]), bool(terminations[0]), bool(truncations[0]), {}
 
     def render(self) -> np.ndarray:
         return np.repeat(self.frames[-1][:, :, None], 3, axis=2)
-
-
-class FiringGame(AtariGame):
-    """A game that presses FIRE, if it has that action, before it goes on after a lost life.
-
-    Breakout waits for it. Without it, the deterministic policy may wait until the time limit.
-    """
-
-    def __init__(self, args: Args, render_mode: str | None) -> None:
-        super().__init__(args, render_mode)
-        names = [action.name for action in self.game.ale.get_action_set()]
-        self.fire = names.index("FIRE") if "FIRE" in names else None
-
-    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
-        lives = self.lives
-        obs, reward, termination, truncation, info = super().step(action)
-        if self.fire is None or self.lives >= lives or termination or truncation:
-            return obs, reward, termination, truncation, info
-        obs, more, termination, truncation, info = super().step(np.array(self.fire))
-        return obs, reward + more, termination, truncation, info
 
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
@@ -533,8 +522,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             raise gym.error.NameNotFound(f"this script plays games, such as ALE/{game}-v5")
         fire_reset = {"use_fire_reset": args.fire_reset}
         game_args = dataclasses.replace(args, env_kwargs=fire_reset | args.env_kwargs)
-        game = FiringGame if args.fire_reset else AtariGame
-        return ReplayableEnv(game(game_args, render_mode))
+        return ReplayableEnv(AtariGame(game_args, render_mode))
 
 
 # ---- Run infrastructure: the same bytes in every script ------------------------------------------

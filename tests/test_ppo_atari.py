@@ -67,7 +67,7 @@ class ProbeGame(gym.Env):
 def learn(folder, monkeypatch, *arguments, code=0, **attributes):
     """Play a game with these attributes. Returns the last mean value, and V of black and white."""
     module = load("ppo_atari")
-    monkeypatch.setattr(module, "FiringGame", type("Game", (ProbeGame,), attributes))
+    monkeypatch.setattr(module, "AtariGame", type("Game", (ProbeGame,), attributes))
     words = ["--run-dir", folder, "--device", "cpu"]
     done = run("ppo_atari", *LEARN, *arguments, *words, quick=False, code=code)
     if code:
@@ -237,20 +237,18 @@ FIRE = {"use_fire_reset": True}
 )
 def test_fire_at_the_start_of_a_game(fire, kwargs, expected, monkeypatch):
     module, made = load("ppo_atari"), []
-    for name in ("FiringGame", "AtariGame"):
-        monkeypatch.setattr(module, name, lambda args, mode, name=name: made.append((name, args)))
+    monkeypatch.setattr(module, "AtariGame", lambda args, mode: made.append(args))
     monkeypatch.setattr(module, "ReplayableEnv", lambda env: env)
     module.make_env(module.Args(env_id="ALE/Breakout-v5", fire_reset=fire, env_kwargs=kwargs))
-    ((name, args),) = made
-    assert args.env_kwargs["use_fire_reset"] is expected
-    assert name == ("FiringGame" if fire else "AtariGame")
+    assert made[0].env_kwargs["use_fire_reset"] is expected
 
 
 @pytest.mark.parametrize("fire", [True, False])
-def test_fire_after_a_lost_life(fire):
+@pytest.mark.parametrize("name", ["ppo_atari", "a2c", "dqn", "double_dqn_per"])
+def test_fire_after_a_lost_life(name, fire):
     """Who never presses it loses all lives of Breakout with it, and one without it."""
-    module = load("ppo_atari")
-    env = module.make_env(module.Args(env_id="ALE/Breakout-v5", fire_reset=fire), None)
+    module, kwargs = load(name), {"use_fire_reset": fire}
+    env = module.make_env(module.Args(env_id="ALE/Breakout-v5", env_kwargs=kwargs), None)
     env.reset(seed=1)
     assert env.unwrapped.lives == 5
     if not fire:
@@ -258,6 +256,32 @@ def test_fire_after_a_lost_life(fire):
     ended = any(env.step(np.array(0))[2] for _ in range(400))
     assert ended == fire and (fire or env.unwrapped.lives == 4)
     env.close()
+
+
+def test_the_reward_of_a_step_with_fire_is_kept(monkeypatch):
+    """By hand: a step of reward 3 loses a life, FIRE brings 1 more and is no step of the agent."""
+    module = load("ppo_atari")
+    env = module.make_env(module.Args(env_id="ALE/Breakout-v5"), None)
+    env.reset(seed=1)
+    game, sent = env.unwrapped.game, []
+    found = [(3.0, 4), (1.0, 4), (0.0, 4)]
+
+    def recv():
+        reward, lives = found[len(sent) - 1]
+        info = {"lives": np.array([lives])}
+        none = np.zeros(1, bool)
+        return np.zeros((1, 4, 84, 84), np.uint8), np.array([reward]), none, none, info
+
+    monkeypatch.setattr(game, "send", sent.append)
+    monkeypatch.setattr(game, "recv", recv)
+    monkeypatch.setattr(game, "step", lambda action: (game.send(action), game.recv())[1])
+    assert [env.step(np.array(2))[1] for _ in range(2)] == [4.0, 0.0]
+    assert np.concatenate(sent).tolist() == [2, 1, 2] and env.unwrapped.lives == 4
+    env.close()
+
+
+def test_freeway_has_no_fire():
+    module = load("ppo_atari")
     env = module.make_env(module.Args(env_id="ALE/Freeway-v5"), None)  # which has no such action
     env.reset(seed=1)
     assert env.unwrapped.fire is None and env.step(np.array(1))[2] is False
