@@ -644,8 +644,8 @@ class Rng(np.random.Generator):
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Which code runs, and on what."""
-    names = [x for x in ("torch", "gymnasium", "numpy", "mujoco") if x in sys.modules]
-    versions = {name: sys.modules[name].__version__ for name in names}
+    names = ("torch", "gymnasium", "numpy", "mujoco", "ale_py")
+    versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
     about = {"script": SCRIPT.name, "sha256": SHA256, "git": None, "device": str(device)}
     with contextlib.suppress(OSError):  # without git, the commit is None
         git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "HEAD"]

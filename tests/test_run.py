@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import (
+    GAMES,
     ONE,
     ROOT,
     VECTORS,
@@ -48,6 +49,7 @@ def test_run_folder(script, finished):
     assert about["sha256"] == hashlib.sha256(text).hexdigest()
     assert (folder / f"{script}.py").read_bytes() == text
     assert {"python", "torch", "gymnasium", "numpy"} <= about["versions"].keys()
+    assert script != GAMES or "ale_py" in about["versions"]
     assert about["args"]["total_timesteps"] == 512 and about["args"]["gamma"] is not None
     assert {path.name for path in folder.iterdir()} == {
         "args.json",

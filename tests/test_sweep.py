@@ -233,7 +233,10 @@ def test_mistakes_in_a_suite(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "no suite nowhere: there are atari, classic, mujoco, npg, pong, smoke"),
+        (
+            ["nowhere"],
+            "no suite nowhere: there are atari, classic, mujoco, npg, off_policy, pong, smoke",
+        ),
         (["SUITE", "--scripts", "sac2"], "--scripts sac2"),
         (["SUITE", "--env-ids", "NoSuchEnv-v0"], "NoSuchEnv"),
         (["SUITE", "--env-ids", "no_module:Env-v0"], "no_module"),
