@@ -25,7 +25,7 @@ FIELD_VARIANTS: dict[str, str] = {
     "precision": "which network computes in bfloat16",
     "buffer_size": "some scripts: Atari too",
     "learning_starts": "DQN explores by epsilon from the start",
-    "anneal_lr": "PPO names its source; TRPO: only the critic has a learning rate",
+    "anneal_lr": "PPO names its source; TRPO: --max-kl, and only the critic has a learning rate",
     "env_id": "some scripts: Atari too, or alone",
     "num_envs": "REINFORCE: it is the number of episodes, too; ppo_atari: of all processes",
     "num_minibatches": "ppo_atari: of whole time steps",

@@ -233,7 +233,8 @@ def test_every_step_is_in_the_trust_region_and_improves(tmp_path):
     for line in training(tmp_path / "r"):
         rejected = line["losses/rejected_steps"]
         assert rejected == (line["losses/step_size"] == 0)
-        assert rejected or 0 < line["losses/kl"] <= 0.01
+        radius = 0.04 * (1 - (line["global_step"] - 128) / 2560)  # of 128 steps an iteration
+        assert rejected or 0 < line["losses/kl"] <= radius
         assert rejected or line["losses/surrogate_improvement"] > 0
         assert 1 <= line["losses/line_search_steps"] <= 10
         assert 0 < line["losses/cg_residual"] < 1
@@ -258,7 +259,8 @@ def test_the_step_is_a_multiple_of_the_natural_gradient(trpo, tmp_path, monkeypa
         assert torch.linalg.eigvalsh(rows).min() > 0.09  # the damping
         solved = torch.linalg.solve(rows, gradient)
         torch.testing.assert_close(direction, solved, rtol=0.01, atol=0.01)
-        largest = (2 * 0.01 / (direction @ rows @ direction)).sqrt()
+        radius = 0.04 * (1 - (line["global_step"] - 128) / 256)  # it shrinks
+        largest = (2 * radius / (direction @ rows @ direction)).sqrt()
         shrunk = largest * 0.8 ** (line["losses/line_search_steps"] - 1)
         if not line["losses/rejected_steps"]:
             assert line["losses/step_size"] == pytest.approx(shrunk.item(), rel=1e-3)
@@ -285,6 +287,16 @@ def test_a_rejected_step_leaves_the_policy_and_the_critic_learns_all_the_same(
     for name, x in kept["critic"].items():
         torch.testing.assert_close(x, moved["critic"][name])
     assert training(tmp_path / "b")[0]["losses/rejected_steps"] == 1
+
+
+def test_the_trust_region_shrinks_only_with_anneal_lr(tmp_path):
+    words = ["--max-kl", 0.5, "--no-line-search", "--total-timesteps", 2560]
+    steps = {}
+    for flag in ("--anneal-lr", "--no-anneal-lr"):
+        run("trpo", "--run-dir", tmp_path / flag, *words, flag)
+        steps[flag] = [line["losses/step_size"] for line in training(tmp_path / flag)]
+    first, constant = steps["--anneal-lr"], steps["--no-anneal-lr"]
+    assert first[0] == constant[0] and first[-1] < 0.5 * constant[-1]  # the root of 1 / 20
 
 
 def test_a_direction_that_is_not_finite_leaves_the_policy(trpo, tmp_path, monkeypatch):
