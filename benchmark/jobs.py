@@ -164,7 +164,8 @@ def kept_aside(job: Job) -> Path | None:
 
 def bring_back(job: Job) -> None:
     """Put the job's run into its folder again, if it was set aside and nobody runs it."""
-    if (found := kept_aside(job)) and (log := lock(job)):
+    found = kept_aside(job)
+    if found and not in_use(found) and (log := lock(job)):
         with log:
             if job.folder.exists():
                 set_aside(job)
@@ -183,10 +184,10 @@ def command(job: Job, python: str = sys.executable, relative: bool = False) -> l
     return [*start, "--run-dir", str(folder), *job.arguments]
 
 
-def locked(job: Job) -> bool:
-    """Whether a process runs this job now, started by whichever sweep."""
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the file's lock."""
     try:
-        with open(job.log) as file:
+        with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except FileNotFoundError:
@@ -195,16 +196,28 @@ def locked(job: Job) -> bool:
         return True
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process trains in it, started by hand perhaps: scripts lock their copy there."""
+    return any(map(is_locked, folder.glob("*.py")))
+
+
+def locked(job: Job) -> bool:
+    """Whether a process runs this job now, started by whoever."""
+    return is_locked(job.log) or in_use(job.folder)
+
+
 def lock(job: Job) -> IO | None:
-    """The job's log, open and locked; None where another process has it."""
+    """The job's log, open and locked; None where another process runs the job."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     file = open(job.log, "a")  # noqa: SIM115  stays open: the lock lives with it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
+        if not in_use(job.folder):
+            return file
     except OSError:
-        file.close()
-        return None
+        pass
+    file.close()
+    return None
 
 
 def die_with_parent() -> None:

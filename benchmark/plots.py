@@ -126,7 +126,7 @@ def draw_curves(
 ) -> None:
     """A panel an environment: each run thin, their mean thick with its 95 % interval."""
     plt = pyplot()
-    env_ids = list(dict.fromkeys(row.env_id for row in rows))
+    env_ids = list(dict.fromkeys(row.environment for row in rows))
     names = list(dict.fromkeys(row.contender + row.label for row in rows))
     algorithms = {ALGORITHMS.get(row.script) for row in rows}
     columns = min(3, len(env_ids))
@@ -135,7 +135,7 @@ def draw_curves(
     figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
     shown, some_cut = {}, False
     for panel, env_id in zip(axes.flat, env_ids, strict=False):
-        here = [row for row in rows if row.env_id == env_id]
+        here = [row for row in rows if row.environment == env_id]
         drawn = []
         for row in here:
             place = names.index(row.contender + row.label)
@@ -172,7 +172,10 @@ def draw_curves(
             some_cut = True
         counts = [len(row.done) for row in here]
         cut = ", cut" if limits else ""
-        panel.set_title(f"{env_id} ({seeds_text(counts)}{cut})", fontsize=10)
+        title = textwrap.fill(f"{env_id} ({seeds_text(counts)}{cut})", 40)
+        panel.set_title(title, fontsize=10)
+        if not any(curve.size for curve in drawn):
+            panel.text(0.5, 0.5, f"no {returns} returns", ha="center", transform=panel.transAxes)
         panel.grid(alpha=0.25)
     for panel in axes.flat[len(env_ids) :]:
         panel.axis("off")

@@ -28,7 +28,9 @@ from benchmark.rows import (
     has_scores,
     kinds,
     left_out,
+    mixtures,
     own,
+    own_rows,
     pairs,
     summary,
     without_repeats,
@@ -40,13 +42,16 @@ BEGIN, END = "<!-- results: python -m benchmark.report -->", "<!-- end of result
 # ---- Tables --------------------------------------------------------------------------------------
 
 
-def number(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
+def number(value: float, mean: float | None = None) -> str:
+    """With three digits or so; a spread or the end of an interval with as many as its mean."""
+    size = abs(value if mean is None else mean)
+    return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
 
 
 def mean_and_std(finals: np.ndarray) -> str:
-    spread = f" ± {number(finals.std(ddof=1))}" if len(finals) > 1 else ""  # one run has none
-    return number(finals.mean()) + spread
+    mean = finals.mean()
+    spread = f" ± {number(finals.std(ddof=1), mean)}" if len(finals) > 1 else ""  # one run has none
+    return number(mean) + spread
 
 
 def bracket(low: float, high: float) -> str:
@@ -74,8 +79,9 @@ def published_cell(row: Row, label: str, sources: list[str]) -> str:
     note = "{published_env}, {} steps: {metric}".format(steps(int(found["steps"])), **found)
     note += f"{seeds}; {found['source']}"
     sources += [note] if note not in sources else []
-    spread = f" ± {number(float(found['std']))}" if found["std"] else ""
-    return f"{number(float(found['mean']))}{spread} [{sources.index(note) + 1}]"
+    mean = float(found["mean"])
+    spread = f" ± {number(float(found['std']), mean)}" if found["std"] else ""
+    return f"{number(mean)}{spread} [{sources.index(note) + 1}]"
 
 
 def table(rows: list[Row]) -> str:
@@ -93,9 +99,10 @@ def table(rows: list[Row]) -> str:
         if row.done:
             ours = mean_and_std(row.finals)
             if not math.isnan(line["low"]):
-                around = f"[{number(line['low'])}, {number(line['high'])}]"
+                low, high = (number(line[name], line["mean"]) for name in ("low", "high"))
+                around = f"[{low}, {high}]"
                 ours = f"**{ours}**" if line["mean"] >= line["best_published"] else ours
-        cells = [row.title + row.label, steps(line["steps"]), ours, around]
+        cells = [row.heading, steps(line["steps"]), ours, around]
         lines.append(f"| {' | '.join([*cells, seeds, best, cleanrl])} |")
     notes = [f"[{n}] {text}  " for n, text in enumerate(sources, 1)]
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
@@ -113,10 +120,11 @@ def each_run(rows: list[Row]) -> str:
         for run in every_run([row]):
             final = run["state"]
             if final == "finished":
-                final = f"{number(run['final_return'])} ± {number(run['std_over_episodes'])}"
+                mean, std = run["final_return"], run["std_over_episodes"]
+                final = f"{number(mean)} ± {number(std, mean)}"
             cells.append(f"{run['seed']}: {final}")
         minutes = statistics.median(run["minutes"] for run in every_run([row]))
-        lines.append(f"| {row.title}{row.label} | {', '.join(cells)} | {minutes:.1f} |")
+        lines.append(f"| {row.heading} | {', '.join(cells)} | {minutes:.1f} |")
     return "\n".join([*lines, "", "</details>\n"])
 
 
@@ -128,7 +136,7 @@ def unfinished(rows: list[Row]) -> str:
             what, total = run["state"], row.arguments["total_timesteps"]
             what += f" of {total:,}" if what.startswith("unfinished") else ""
             if what != "finished":
-                name = f"{row.script}.py {row.title}{row.label} seed {run['seed']}"
+                name = f"{row.script}.py {row.heading} seed {run['seed']}"
                 lines.append(f"- {name}: {what}")
     return "\n".join(["Not in the numbers:\n", *lines, ""]) if lines else ""
 
@@ -171,8 +179,10 @@ def unequal_seeds(parts: dict[str, list[np.ndarray]]) -> list[str]:
 def comparison(rows: list[Row]) -> str:
     """Contenders side by side, and who beats whom, on environments that two of them share."""
     finals, found = own(rows), pairs(rows)
+    several = {f"{row.contender} on {row.environment}" for row in rows if row.note and row.done}
+    left = [f"Not compared, as there are several rows: {', '.join(sorted(several))}.\n"]
     if not found:
-        return ""
+        return "\n".join(left) if several else ""
     names = [name for name in finals if any(name in (pair["x"], pair["y"]) for pair in found)]
     env_ids = sorted({x for p in found for x in finals[p["x"]].keys() & finals[p["y"]]})
     lines = [
@@ -182,7 +192,13 @@ def comparison(rows: list[Row]) -> str:
     ]
     for env_id in env_ids:
         of = [finals[name].get(env_id) for name in names]
-        cells = ["" if x is None else f"{mean_and_std(x)} ({len(x)})" for x in of]
+        notes = [
+            own_rows(rows)[name][env_id].label if env_id in finals[name] else "" for name in names
+        ]
+        cells = [
+            "" if x is None else f"{mean_and_std(x)} ({len(x)}){note}"
+            for x, note in zip(of, notes, strict=True)
+        ]
         lines.append(f"| {env_id} | {' | '.join(cells)} |")
     lines += ["", "| X | Y | P(a run of X beats one of Y) [95 % interval] | environments |"]
     lines.append("|---|---|---|---|")
@@ -190,7 +206,9 @@ def comparison(rows: list[Row]) -> str:
         chance = f"{pair['probability']:.2f}{bracket(pair['low'], pair['high'])}"
         cells = [code(pair["x"]), code(pair["y"]), chance, str(pair["environments"])]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    if mixed := mixtures(rows):
+        lines += ["", f"Mind that these differ in more than the algorithm: {'; '.join(mixed)}."]
+    return "\n".join([*lines, "", *(left if several else [])])
 
 
 # ---- README and reports --------------------------------------------------------------------------

@@ -34,13 +34,19 @@ NEUTRAL = set(  # arguments that leave the numbers alone
 INFRASTRUCTURE = "# ---- Run infrastructure"
 STEPPING = "LONGEST_EPISODE setup Rng flatten_observations ReplayableEnv evaluate".split()
 SAYING = {"stop", "warn", "require"}
+# What else stands there in every script; what somebody adds may well change the numbers.
+NEUTRAL_PARTS = set(
+    """SCRIPT SHA256 LOCKS parse_count flag_type Count Json Text require check_run_args parse_args
+    stop warn describe making close Run LeadingRun FollowingRun make_run""".split()
+)
+MAIN = ast.dump(ast.parse('if __name__ == "__main__":\n    train(parse_args(Args))').body[0])
 
 
 def code_hash(path: Path) -> str:
     """Hash of a script's algorithm: a mended message or another log must not retire its results.
 
     It is of the syntax tree, without docstrings and messages, of what stands above the run
-    infrastructure, and of the parts of that which step, seed and evaluate.
+    infrastructure, and of the parts of that which step, seed and evaluate, or are not ours.
     """
     return hash_of_text(path.read_text())
 
@@ -51,7 +57,11 @@ def hash_of_text(text: str) -> str:
     below = [node for part in tree.body if part.lineno > end for node in ast.walk(part)]
     kept = [part for part in tree.body if part.lineno <= end]
     kept += [node for node in below if names(node) & set(STEPPING)]
-    kept = [part for part in kept if not isinstance(part, ast.Expr)]  # the docstring
+    ours = {*STEPPING, *NEUTRAL_PARTS}
+    more = [part for part in tree.body if part.lineno > end and not names(part) & ours]
+    kept += [part for part in more if ast.dump(part) != MAIN]
+    docstring = tree.body[0] if ast.get_docstring(tree) else None
+    kept = [part for part in kept if part is not docstring]
     for node in (node for part in kept for node in ast.walk(part)):
         body = getattr(node, "body", None)
         if isinstance(body, list):
@@ -73,7 +83,7 @@ def relevant(arguments: dict) -> dict:
 
 def names(node: ast.AST) -> set[str]:
     """What a definition or an assignment defines."""
-    targets = getattr(node, "targets", [])
+    targets = [*getattr(node, "targets", []), getattr(node, "target", None)]
     return {getattr(node, "name", "")} | {getattr(target, "id", "") for target in targets}
 
 
@@ -179,18 +189,19 @@ def run_folders(paths: Iterable[Path]) -> list[Path]:
     found = []
     for path in paths:
         below = sorted(inner.parent for inner in path.glob("*/args.json"))
+        below = [run for run in below if not re.search(r"\.old-\d+$", run.name)]  # set aside
         runs = [path] if (path / "args.json").exists() else below
         if not runs:
             what = "holds no run" if path.is_dir() else "is not there"
             raise ValueError(f"{path} {what}")
-        found += [run for run in runs if ".old-" not in run.name]
+        found += runs
     return list(dict.fromkeys(found))
 
 
 def collect(run_dir: Path) -> Path:
     """Add one run to the results.
 
-    Raises: ValueError if it is not a whole run, or would replace one of other arguments.
+    Raises: ValueError if it is not a whole run, or would replace a better one.
     """
     run = read_run(run_dir)
     args, curve = run["args"], run.pop("curve")
@@ -200,6 +211,8 @@ def collect(run_dir: Path) -> Path:
     meta = folder / "meta.json"
     runs = json.loads(meta.read_text()) if meta.exists() else {}
     if old := runs.get(str(args["seed"])):
+        if old["eval"] and not run["eval"]:
+            raise ValueError(f"{run_dir}: {meta} has a finished run of this seed, this one is not")
         was, now = relevant(old["args"]), relevant(args)
         if differ := [key for key in sorted(was | now) if was.get(key) != now.get(key)]:
             said = ", ".join(f"{key} {was.get(key)} there, {now.get(key)} here" for key in differ)
@@ -238,9 +251,19 @@ def references() -> dict[tuple[str, str, str], dict]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
     try:
-        for folder in run_folders(map(Path, sys.argv[1:])):
-            print(collect(folder), folder.name)
-    except (OSError, ValueError) as error:
+        folders = run_folders(map(Path, sys.argv[1:]))
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    problems = 0
+    for folder in folders:
+        try:
+            print(collect(folder), folder.name)
+        except (OSError, ValueError) as error:
+            print(f"not collected: {error}", file=sys.stderr)
+            problems += 1
+    sys.exit(1 if problems else 0)

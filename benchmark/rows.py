@@ -36,12 +36,10 @@ class Row:
     def __init__(self, runs: list[dict]) -> None:
         self.runs = sorted(runs, key=lambda run: run["args"]["seed"])
         self.script, self.title = Path(runs[0]["script"]).stem, title(runs[0])
-        self.env_id, self.contender = runs[0]["args"]["env_id"], f"{self.script}.py"
-        name = self.title.removeprefix(self.env_id)  # of the suite's group: ", name" or nothing
-        if runs[0]["args"].get("env_kwargs"):
-            self.env_id += name  # another environment
-        else:
-            self.contender += name  # another algorithm, on the same one
+        self.env_id, kwargs = runs[0]["args"]["env_id"], runs[0]["args"].get("env_kwargs")
+        self.name = self.title.removeprefix(self.env_id)  # of the suite's group: ", name" or ""
+        self.kwargs = f" {json.dumps(kwargs, sort_keys=True)}" if kwargs else ""
+        self.name_is_of_environment = False
         self.code, self.arguments = runs[0]["code_hash"], same_for_all_seeds(runs[0])
         self.libraries = libraries(runs[0])
         self.done = [run for run in self.runs if run["eval"]]
@@ -49,10 +47,28 @@ class Row:
         self.note = ""  # what tells it from other rows of its script and title
 
     @property
+    def environment(self) -> str:
+        """What it is called: "Ant-v5", "Ant-v5, no contact forces" or 'Ant-v5 {"gravity": 3}'."""
+        return self.env_id + (self.name if self.name_is_of_environment else self.kwargs)
+
+    @property
+    def contender(self) -> str:
+        return f"{self.script}.py" + ("" if self.name_is_of_environment else self.name)
+
+    @property
+    def heading(self) -> str:
+        """Its first cell in a table."""
+        name = "" if self.name_is_of_environment else self.name
+        return self.environment + name + self.label
+
+    @property
     def older(self) -> bool:
         """Whether the script has changed since, other than in its prose."""
         path = ROOT / f"{self.script}.py"
-        return not path.exists() or code_hash(path) != self.code
+        try:
+            return not path.exists() or code_hash(path) != self.code
+        except (SyntaxError, ValueError):  # somebody is editing it
+            return True
 
     @property
     def label(self) -> str:
@@ -63,7 +79,9 @@ class Row:
     def published(self, label: str) -> dict | None:
         """The row of reference_results.csv for this algorithm and environment."""
         algorithm = ALGORITHMS.get(self.script, "")
-        keys = [(algorithm, name, label) for name in (self.title, self.env_id)]
+        titles = [self.title] if self.name else []
+        titles += [] if self.kwargs else [self.env_id]
+        keys = [(algorithm, name, label) for name in titles]
         return next((references()[key] for key in keys if key in references()), None)
 
 
@@ -93,9 +111,16 @@ def group(runs: list[dict]) -> list[Row]:
         key = run["code_hash"], json.dumps(libraries(run)), arguments
         groups[run["script"], title(run), *key].append(run)
     rows = [Row(members) for _, members in sorted(groups.items())]
+    named = defaultdict(set)
+    for row in rows:
+        named[row.env_id, row.kwargs].add(row.name)
+    for row in rows:  # arguments of the environment that always have the same name are its own
+        row.name_is_of_environment = bool(row.kwargs) and named[row.env_id, row.kwargs] == {
+            row.name or None
+        }
     together = defaultdict(list)
     for row in rows:
-        together[row.script, row.title].append(row)
+        together[row.contender, row.environment].append(row)
     for several in together.values():
         keys = {key for row in several for key in row.arguments}
         differ = [k for k in sorted(keys) if len({str(r.arguments.get(k)) for r in several}) > 1]
@@ -110,13 +135,16 @@ def group(runs: list[dict]) -> list[Row]:
 
 
 def without_repeats(runs: list[dict]) -> tuple[list[dict], list[str]]:
-    """A seed counts once: of runs that agree in everything, the first; and what was left out."""
+    """A seed counts once: of runs that agree in everything, the longest; and what was left out."""
     kept, left_out = {}, []
     for run in runs:
-        key = run["script"], run["code_hash"], json.dumps(relevant(run["args"]), sort_keys=True)
-        if key in kept:
-            left_out.append(f"{run.get('folder')}: the same run as {kept[key].get('folder')}")
-        kept.setdefault(key, run)
+        parts = relevant(run["args"]), libraries(run)
+        key = run["script"], title(run), run["code_hash"], json.dumps(parts, sort_keys=True)
+        other = kept.setdefault(key, run)
+        if other is not run:
+            if (bool(run["eval"]), run["steps"]) > (bool(other["eval"]), other["steps"]):
+                kept[key], run, other = run, other, run
+            left_out.append(f"{run.get('folder')}: the same run as {other.get('folder')}")
     return list(kept.values()), left_out
 
 
@@ -136,10 +164,13 @@ def normalised(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
     """
     scores: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     for row in rows:
-        best, floor = best_published(row.env_id), references().get(("any", row.env_id, "random"))
+        best, floor = (
+            best_published(row.environment),
+            references().get(("any", row.environment, "random")),
+        )
         if best is not None and floor and row.done and not row.note:
             zero = float(floor["mean"])
-            scores[row.contender][row.env_id] = (row.finals - zero) / (best - zero)
+            scores[row.contender][row.environment] = (row.finals - zero) / (best - zero)
     return dict(scores)
 
 
@@ -153,8 +184,8 @@ def families(rows: list[Row], whole_suites: bool = False) -> list[list[Row]]:
             other = f", {part.get('name')}" if "--env-kwargs" in part.get("args", []) else ""
             env_ids.append({env_id + other for env_id in part["env_ids"]})
         for together in [set.union(*env_ids)] if whole_suites else env_ids:
-            found.append([row for row in rest if row.env_id in together])
-            rest = [row for row in rest if row.env_id not in together]
+            found.append([row for row in rest if row.environment in together])
+            rest = [row for row in rest if row.environment not in together]
     return [part for part in [*found, rest] if part]
 
 
@@ -180,13 +211,38 @@ def kinds(rows: list[Row]) -> list[list[Row]]:
     return [rows] if has_scores(rows) else families(rows)
 
 
-def own(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
-    """contender -> environment -> final returns, where it has one row of the environment."""
-    found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+def own_rows(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """contender -> environment -> its row, where it has one with finished runs."""
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row.done and not row.note:
-            found[row.contender][row.env_id] = row.finals
+            found[row.contender][row.environment] = row
     return dict(found)
+
+
+def own(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
+    """The same, with the final returns of the runs."""
+    found = own_rows(rows).items()
+    return {name: {env: row.finals for env, row in envs.items()} for name, envs in found}
+
+
+def mixtures(rows: list[Row]) -> list[str]:
+    """In which code and arguments differ what is averaged over environments, or compared."""
+    found, said = own_rows(rows), []
+    for name, envs in found.items():
+        several = list(envs.values())
+        keys = {key for row in several for key in row.arguments} - {"env_kwargs", "total_timesteps"}
+        differ = [k for k in sorted(keys) if len({str(r.arguments.get(k)) for r in several}) > 1]
+        if len({row.code for row in several}) > 1:
+            differ = ["code"]
+        said += [f"{name} has not the same {', '.join(differ)} everywhere"] if differ else []
+    for env_id in dict.fromkeys(env_id for envs in found.values() for env_id in envs):
+        of = {name: envs[env_id] for name, envs in found.items() if env_id in envs}
+        steps = {name: row.arguments["total_timesteps"] for name, row in of.items()}
+        if len(set(steps.values())) > 1:
+            each = ", ".join(f"{name} {count:,}" for name, count in steps.items())
+            said.append(f"steps on {env_id}: {each}")
+    return said
 
 
 def left_out(rows: list[Row]) -> dict[str, str]:
@@ -195,13 +251,13 @@ def left_out(rows: list[Row]) -> dict[str, str]:
     few = {row.contender for row in rows if row.contender not in scores}
     reasons = dict.fromkeys(sorted(few), "too few environments")
     for row in (row for row in rows if row.contender not in few):
-        if row.env_id not in shared and row.done:
-            missing = [name for name in scores if row.env_id not in own(rows).get(name, {})]
-            known = any(row.env_id in envs for envs in scores.values())
+        if row.environment not in shared and row.done:
+            missing = [name for name in scores if row.environment not in own(rows).get(name, {})]
+            known = any(row.environment in envs for envs in scores.values())
             lacks = f"not of {', '.join(missing)}" if missing else "no published result"
-            reasons[row.env_id] = lacks if known else "no published result"
+            reasons[row.environment] = lacks if known else "no published result"
         if row.note:
-            reasons[row.env_id] = f"several rows of {row.contender}"
+            reasons[row.environment] = f"several rows of {row.contender}"
     return reasons
 
 
@@ -214,7 +270,8 @@ def summary(row: Row) -> dict:
     best = row.published("best")
     return {
         "script": f"{row.script}.py",
-        "environment": row.title,
+        "environment": row.environment,
+        "variant": row.contender.removeprefix(f"{row.script}.py").removeprefix(", "),
         "note": row.label.strip(" ()"),
         "steps": row.arguments["total_timesteps"],
         "mean": row.finals.mean() if row.done else np.nan,
@@ -237,7 +294,8 @@ def every_run(rows: list[Row]) -> list[dict]:
             found.append(
                 {
                     "script": f"{row.script}.py",
-                    "environment": row.title,
+                    "environment": row.environment,
+                    "variant": row.contender.removeprefix(f"{row.script}.py").removeprefix(", "),
                     "note": row.label.strip(" ()"),
                     "seed": run["args"]["seed"],
                     "final_return": final.get("episodic_return", np.nan),

@@ -63,6 +63,8 @@ class Options:
     """Log every job to Weights & Biases, grouped by script and environment."""
     dry_run: bool = False
     """Print the commands and start nothing."""
+    job: int | None = None
+    """Only the job of this number, as --dry-run | cat -n counts them: for job arrays."""
     engine: Literal["local", "ray"] = "local"
     """local: processes here. ray: tasks of a Ray cluster (benchmark/requirements-cluster.txt)."""
     ray_address: str | None = None
@@ -86,6 +88,14 @@ def wrong(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def say(text: str) -> None:
+    """Print a line, even if what read the lines before (tee, head) has ended."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 # ---- From the command line to jobs ---------------------------------------------------------------
 
 
@@ -102,10 +112,11 @@ def read_suite(name: str) -> dict:
             for words in (group["scripts"], group["env_ids"], group.setdefault("args", [])):
                 if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                     wrong(f"suite {path}: scripts, env_ids and args are lists of strings")
-            if not re.fullmatch(r"[\w .+-]*", group.setdefault("name", "")):
-                wrong(f"suite {path}: name {group['name']}: letters, digits and spaces, please")
+            name = group.setdefault("name", "")
+            if not re.fullmatch(r"[\w .+-]*", name) or "__" in name or ".old-" in name:
+                wrong(f"suite {path}: name {name}: letters, digits and spaces, please")
             for flag, values in group.get("grid", {}).items():
-                if not isinstance(values, list) or not re.fullmatch(r"[a-z][a-z-]*", flag):
+                if not isinstance(values, list) or not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
                     wrong(f"suite {path}: grid has a list of values for each flag, without --")
             for script in group["scripts"]:
                 if not (ROOT / f"{script}.py").exists():
@@ -136,21 +147,20 @@ def title(env_id: str, name: str) -> str:
 
 def choose_seeds(options: Options, default: list[int]) -> list[int]:
     """The suite's seeds, or what --seeds or --num-seeds make of them."""
+    seeds, after = list(default), max(default, default=0) + 1
     if options.num_seeds is not None:
         if options.num_seeds < 1 or options.seeds:
             wrong(f"--num-seeds {options.num_seeds}: must be 1 or more, and without --seeds")
-        after = max(default, default=0) + 1
-        return [*default, *range(after, after + options.num_seeds)][: options.num_seeds]
-    if not options.seeds:
-        return default
-    seeds = []
-    for part in options.seeds.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            wrong(f"--seeds {options.seeds}: one (21), a range (11-15) or a list (3,7,9)")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if max(seeds) >= TUNING_SEEDS:
-        wrong(f"--seeds {options.seeds}: those from {TUNING_SEEDS:,} on are benchmark.tune's")
+        seeds = [*default, *range(after, after + options.num_seeds)][: options.num_seeds]
+    elif options.seeds:
+        seeds = []
+        for part in options.seeds.split(","):
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            if not match or int(match[2] or match[1]) < int(match[1]):
+                wrong(f"--seeds {options.seeds}: one (21), a range (11-15) or a list (3,7,9)")
+            seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if max(seeds, default=0) >= TUNING_SEEDS:
+        wrong(f"seed {max(seeds)}: those from {TUNING_SEEDS:,} on are benchmark.tune's")
     return list(dict.fromkeys(seeds))
 
 
@@ -162,7 +172,8 @@ def expand(group: dict) -> list[dict]:
         names, more = [group["name"]], []
         for flag, value in zip(grid, values, strict=True):
             words = flag_words(flag, value)
-            names.append(" ".join(words).removeprefix("--"))
+            # What JSON has, say, is not for the names of folders.
+            names.append(re.sub(r"[^\w .+-]+", "-", " ".join(words).removeprefix("--")))
             more += words
         name = " ".join(filter(None, names))
         groups.append(group | {"name": name, "args": [*group["args"], *more]})
@@ -180,7 +191,10 @@ def load_script(name: str):
     """The script as a module; importing one has no side effect."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError) as error:
+        wrong(f"{name}.py cannot be imported: {error!r}")
     return module
 
 
@@ -235,9 +249,11 @@ def plan(options: Options) -> tuple[list[Job], list[Source]]:
     together = collections.Counter(map(folder_name, {*known, *options.env_ids}))
     planned: dict[Path, Job] = {}
     sources = {script: jobs.read_source(script) for script in chosen}
+    plain = not all(group["name"] for group in groups)  # those take the environments that are new
     for group in groups:
+        new = {env for env in options.env_ids if env not in known and not (plain and group["name"])}
         for script in (name for name in group["scripts"] if name in chosen):
-            wanted = [env for env in options.env_ids if env in group["env_ids"] or env not in known]
+            wanted = [env for env in options.env_ids if env in group["env_ids"] or env in new]
             for env_id in wanted if options.env_ids else group["env_ids"]:
                 check_environment(env_id)
                 arguments = [*group["args"], *extra]
@@ -273,7 +289,9 @@ class Stop:
 
     def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.set)
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            if number != signal.SIGHUP or not ignored:  # by nohup
+                signal.signal(number, self.set)
 
     def set(self, number: int, frame: object) -> None:
         if self.signal and time.monotonic() - self.time > 2:
@@ -443,13 +461,13 @@ class Board:
             if self.seen.get(job) != state and (state != "queued" or job in self.seen):
                 share, _, recent = describe(job)
                 more = self.failed.get(job) or f"{share}  {recent}"
-                print(f"{state:8}{job.name}  {more}", flush=True)
+                say(f"{state:8}{job.name}  {more}")
             self.seen[job] = state
         if time.time() - self.said > 60:
             self.said = time.time()
-            print(head, flush=True)
+            say(head)
             for job in (job for job, state in states.items() if state == "running"):
-                print("        " + "  ".join([job.name, *describe(job)]), flush=True)
+                say("        " + "  ".join([job.name, *describe(job)]))
 
     def table(self, states: dict[Job, str], head: str):
         from rich.table import Table
@@ -508,6 +526,10 @@ def main() -> None:
     if options.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into head, say
         return print_commands(planned)
+    if options.job is not None:
+        if not 1 <= options.job <= len(planned):
+            wrong(f"--job {options.job}: there are {len(planned)}, counted from 1")
+        planned = planned[options.job - 1 : options.job]
     failed: dict[Job, str] = {}
     root = show(planned[0].folder.parent)
     try:
@@ -518,14 +540,13 @@ def main() -> None:
     except OSError as error:
         wrong(f"--run-root {root}: {error}")
     states = collections.Counter(map(jobs.status, planned))
-    print(
+    say(
         f"{len(planned)} jobs: {states['complete']} complete, {states['begun']} to resume,"
-        f" {states['new'] + states['other']} to start",
-        flush=True,
+        f" {states['new'] + states['other']} to start"
     )
     for job in planned:
         if jobs.status(job) == "other":
-            print(other(job))
+            say(other(job))
     todo = [job for job in planned if jobs.status(job) != "complete"]
     engine: Callable = run_on_ray if options.engine == "ray" else run_local
     stop, board = Stop(), Board(planned, failed)
@@ -539,10 +560,10 @@ def main() -> None:
     missing = [job for job in planned if jobs.status(job) != "complete"]
     for job in missing:
         if job in failed or not stop.signal:
-            print(f"missing {job.name}: {failed.get(job, 'not begun')}; its log: {show(job.log)}")
-    print(f"{len(planned) - len(missing)} of {len(planned)} complete in {root}")
+            say(f"missing {job.name}: {failed.get(job, 'not begun')}; its log: {show(job.log)}")
+    say(f"{len(planned) - len(missing)} of {len(planned)} complete in {root}")
     if stop.signal:
-        print("stopped, with checkpoints; go on: the same command again")
+        say("stopped, with checkpoints; go on: the same command again")
         sys.exit(128 + stop.signal)
     sys.exit(1 if missing else 0)
 

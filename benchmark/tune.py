@@ -23,6 +23,7 @@ Exit codes are those of a sweep.
 
 import collections
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -103,13 +104,15 @@ def read_space(path: Path) -> dict:
         if not space["space"]:
             wrong(f"{path}: the space is empty")
         for flag, values in space["space"].items():
-            if isinstance(values, dict):
-                fits = {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}
-                fits = fits and values["low"] < values["high"]
-            else:
-                fits = isinstance(values, list) and len(values) > 0
-            if not fits or not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
-                wrong(f"{path}: {flag}: a list of values, or low and high, perhaps log or step")
+            try:
+                distribution(values)
+            except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+                wrong(f"{path}: {flag}: a list of values, or low and high, log or step: {error!r}")
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
+                wrong(f"{path}: {flag}: the name of a flag, without --")
+        args = space["args"]
+        if not isinstance(args, list) or not all(isinstance(word, str) for word in args):
+            wrong(f"{path}: args is a list of strings")
         return space
     except KeyError as error:
         wrong(f"{path}: {error.args[0]} is missing")
@@ -122,17 +125,17 @@ def words_of(values: dict) -> list[str]:
     return [word for flag, value in values.items() for word in sweep.flag_words(flag, value)]
 
 
-def suggest(trial, space: dict) -> dict:
-    """A value for every flag."""
-    chosen = {}
-    for flag, values in space.items():
-        if isinstance(values, list):
-            chosen[flag] = trial.suggest_categorical(flag, values)
-        elif all(type(values[end]) is int for end in ("low", "high")):
-            chosen[flag] = trial.suggest_int(flag, **values)
-        else:
-            chosen[flag] = trial.suggest_float(flag, **values)
-    return chosen
+def distribution(values: list | dict):
+    """Optuna's form of a list or a range. Raises: ValueError, TypeError, KeyError."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(values, list):
+        return CategoricalDistribution(values)
+    if values["low"] >= values["high"]:
+        raise ValueError("low is not below high")
+    if all(type(values.get(name, 1)) is int for name in ("low", "high", "step")):
+        return IntDistribution(**values)
+    return FloatDistribution(**values)
 
 
 def accepted(space: dict, words: list[str]) -> dict | None:
@@ -158,7 +161,7 @@ def check_flags(space: dict) -> None:
 def make_trial(proposal, space: dict, source: Source, root: Path) -> Trial:
     """The jobs of a proposal; none where the script refuses this combination of values."""
     script, env_id = space["script"], space["env_id"]
-    words = words_of(suggest(proposal, space["space"]))
+    words = words_of(proposal.params)
     resolved, words = accepted(space, words), (*space["args"], *words)
     name, found = sweep.title(folder_name(env_id), f"trial {proposal.number}"), []
     for seed in range(TUNING_SEEDS, TUNING_SEEDS + space["seeds"]) if resolved else ():
@@ -169,7 +172,10 @@ def make_trial(proposal, space: dict, source: Source, root: Path) -> Trial:
 
 
 def advance(trial: Trial, options: Options, free: int) -> str:
-    """Look after the trial's processes and start more, at most `free`. Returns why it failed."""
+    """Look after the trial's process, or start the next if one is `free`. Returns why it failed.
+
+    Its seeds are trained one after the other, so that all trials are compared at the same points.
+    """
     for job, process in list(trial.running.items()):
         if (code := process.poll()) is None:
             continue
@@ -177,7 +183,7 @@ def advance(trial: Trial, options: Options, free: int) -> str:
         again = jobs.worth_a_retry(code) and trial.starts < len(trial.jobs) + options.retries
         if jobs.status(job) != "complete" and not again:
             return jobs.failure(job, code)
-    for job in trial.left()[: max(0, free)]:
+    for job in trial.left()[:1] if free > 0 and not trial.running else []:
         if process := jobs.start(job):
             trial.running[job] = process
             trial.starts += 1
@@ -185,7 +191,7 @@ def advance(trial: Trial, options: Options, free: int) -> str:
 
 
 def progress(trial: Trial) -> tuple[int, float]:
-    """How many parts its runs have done together, and their mean recent return."""
+    """How many parts its runs have done together, and the mean of their recent returns."""
     parts, returns = 0, []
     for job in trial.jobs:
         with contextlib.suppress(ValueError):  # not begun
@@ -212,7 +218,9 @@ def outcome(trial: Trial) -> tuple[str, float]:
     return "pruned" if trial.optuna.should_prune() else "running", value
 
 
-def tune(study, make: Callable[[Any], Trial], options: Options, stop: sweep.Stop) -> None:
+def tune(
+    study, distributions: dict, make: Callable[[Any], Trial], options: Options, stop: sweep.Stop
+) -> None:
     """Keep all workers busy until there are trials enough, or a signal comes."""
     from optuna.trial import Trial as Proposal
     from optuna.trial import TrialState
@@ -238,9 +246,8 @@ def tune(study, make: Callable[[Any], Trial], options: Options, stop: sweep.Stop
             }[state]
             words = shlex.join(words_of(trial.optuna.params))
             print(f"trial {trial.optuna.number}: {how}  ({words})", flush=True)
-        free = options.workers - sum(len(trial.running) for trial in trials)
-        if free > 0 and not any(t.left() for t in trials) and len(study.trials) < options.trials:
-            trials.append(make(study.ask()))
+        if len(trials) < options.workers and len(study.trials) < options.trials:
+            trials.append(make(study.ask(distributions)))
         elif not trials:
             return
         else:
@@ -265,13 +272,13 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if min(options.workers, options.trials) < 1 or min(options.retries, options.startup_trials) < 0:
         wrong("--workers and --trials must be at least 1, --retries and --startup-trials 0 or more")
-    space = read_space(options.space)
-    sweep.check_environment(space["env_id"])
-    check_flags(space)
     try:
         import optuna
     except ImportError:
         wrong("benchmark.tune needs Optuna: pip install -r benchmark/requirements-tune.txt")
+    space = read_space(options.space)
+    sweep.check_environment(space["env_id"])
+    check_flags(space)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     source = jobs.read_source(space["script"])
     question = hashlib.sha256(json.dumps([space, source.code], sort_keys=True).encode()).hexdigest()
@@ -279,6 +286,10 @@ def main() -> None:
     root /= question[:8]  # another space, or another algorithm, is another study
     try:
         source.keep(root)
+        lock = open(root / "lock", "w")  # noqa: SIM115  as long as this process lives
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        wrong(f"--run-root {sweep.show(root)}: another process tunes there")
     except OSError as error:
         wrong(f"--run-root {root}: {error}")
     pruner = optuna.pruners.MedianPruner(options.startup_trials)
@@ -295,7 +306,12 @@ def main() -> None:
     print(
         f"{len(study.trials)} of {options.trials} trials begun, in {sweep.show(root)}", flush=True
     )
-    tune(study, lambda proposal: make_trial(proposal, space, source, root), options, stop)
+    distributions = {flag: distribution(values) for flag, values in space["space"].items()}
+
+    def make(proposal) -> Trial:
+        return make_trial(proposal, space, source, root)
+
+    tune(study, distributions, make, options, stop)
     conclude(study, space, root)
     if stop.signal:
         print("stopped, with checkpoints; go on: the same command again")

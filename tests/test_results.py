@@ -60,3 +60,11 @@ def test_the_hash_is_of_the_algorithm(script, tmp_path):
         "optimizer.step()": "optimizer.step() or optimizer.step()",
     }.items():
         assert hash_with(old, new) != same, old
+    main = 'if __name__ == "__main__":'
+    for added in (
+        f"def my_helper():\n    return 1\n\n\n{main}",  # wherever somebody puts it
+        f"torch.set_default_dtype(torch.float64)\n\n\n{main}",
+        f"{main}\n    print(1)",
+    ):
+        assert hash_with(main, added) != same, added
+    assert hash_with("import atexit\n", "import atexit\ntorch.manual_seed(1)\n") != same

@@ -493,6 +493,82 @@ def test_a_good_end_without_a_result_is_not_tried_again(tmp_path):
     assert set(starts(root).values()) == {1}
 
 
+def test_a_run_that_was_started_by_hand_is_left_alone(tmp_path):
+    """Neither renamed, although its arguments are others, nor joined; but waited for."""
+    path, root = suite(tmp_path, seeds=(1,), steps=100_000), tmp_path / "r"
+    (line,) = plan(path, "--run-root", root, "--dry-run").stdout.splitlines()
+    by_hand = subprocess.Popen([sys.executable, *shlex.split(line)[1:]], cwd=ROOT, env=environ())
+    (folder,) = [root / "Pendulum-v1__ppo_continuous__1"]
+    wait_for(lambda: step(folder))
+    running = begin(path, "--run-root", root, "--args=--total-timesteps 512 --gamma 0.9")
+    time.sleep(8)
+    assert running.poll() is None and [f.name for f in root.glob("Pend*")] == [folder.name]
+    by_hand.terminate()
+    by_hand.wait()
+    assert checkpoint(folder)["global_step"] > 0
+    output, _ = running.communicate(timeout=100)
+    assert running.returncode == 0, output
+    aside = folder.with_name(f"{folder.name}.old-1")
+    assert read_run(aside)["args"]["gamma"] == 0.99 and read_run(folder)["args"]["gamma"] == 0.9
+
+
+def test_nohup_survives_a_logout(tmp_path):
+    path, root = suite(tmp_path, seeds=(1,), steps=2048), tmp_path / "r"
+    words_of = shlex.join(words(path, "--run-root", root))
+    running = subprocess.Popen(
+        ["bash", "-c", f"trap '' HUP; exec {words_of}"], cwd=ROOT, env=environment()
+    )
+    wait_for(lambda: folders(root))
+    running.send_signal(signal.SIGHUP)
+    assert running.wait(100) == 0
+
+
+def test_what_reads_the_output_may_end(tmp_path):
+    """head, or tee that Ctrl-C ends as well."""
+    path, root = suite(tmp_path, seeds=(1, 2)), tmp_path / "r"
+    words_of = shlex.join(words(path, "--run-root", root))
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words_of} | head -1"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(folders(root)) == 2
+
+
+def test_one_job_of_the_plan(tmp_path):
+    path, root = suite(tmp_path, seeds=(1, 2, 3)), tmp_path / "r"
+    assert "1 of 1 complete" in sweep(path, "--run-root", root, "--job", 2).stdout
+    assert [folder.name for folder in folders(root)] == ["Pendulum-v1__ppo_continuous__2"]
+    done = plan(path, "--run-root", root, "--job", 4, code=2)
+    assert "error: --job 4: there are 3" in done.stderr
+
+
+def test_names_that_folders_cannot_have(tmp_path):
+    path = suite(tmp_path, seeds=(1,))
+    grid = """grid = {env-kwargs = ['{"g": 9.0}', '{"render_mode": null, "g": 3.0}']}\n"""
+    path.write_text(path.read_text() + grid)
+    lines = plan(path, "--run-root", tmp_path / "r", "--dry-run").stdout.splitlines()
+    names = {Path(shlex.split(line)[7]).name for line in lines}
+    assert len(names) == 2 and not any(set(name) & set('{}":/') for name in names)
+    for name in ("a__b", "a.old-1"):
+        path.write_text(suite(tmp_path).read_text() + f"name = '{name}'\n")
+        assert f"name {name}" in plan(path, "--dry-run", code=2).stderr
+
+
+def test_a_script_that_cannot_be_imported_is_one_line(tmp_path):
+    script = checkout(tmp_path)
+    script.write_text("def broken(:\n")
+    words_of = words(suite(tmp_path), "--run-root", tmp_path / "r")
+    done = subprocess.run(words_of, cwd=tmp_path, env=environ(), capture_output=True, text=True)
+    assert done.returncode == 2 and "error: ppo_continuous.py cannot be imported" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_new_environment_is_for_the_groups_without_a_name():
+    words_of = ["mujoco", "--scripts", "ppo_continuous", "--env-ids", "Pendulum-v1", "--dry-run"]
+    assert len(plan(*words_of).stdout.splitlines()) == 5  # one for each seed
+
+
 def test_folders_of_different_environments_are_different(tmp_path):
     ids = ["probes:here/Short-v0", "probes:here-Short-v0", "Pendulum-v1"]
     path, root = suite(tmp_path, env_ids=ids, seeds=(1,)), tmp_path / "r"

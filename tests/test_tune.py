@@ -116,6 +116,10 @@ def test_values_that_do_not_go_together_are_a_failed_trial(tmp_path):
     ("text", "said"),
     [
         ("gama = [0.9]\n", "refuses"),
+        ("gamma = {low = 0.0, high = 0.9, log = true}\n", "gamma: a list of values"),
+        ("gamma = {low = 0.1, high = 0.9, log = true, step = 0.1}\n", "gamma: a list of values"),
+        ("num-steps = {low = 32, high = 64, step = 0.25, log = true}\n", "num-steps: a list"),
+        ("gamma = {low = 0.1, high = 0.9, until = 3}\n", "gamma: a list of values"),
         ("gamma = 0.9\n", "gamma: a list of values, or low and high"),
         ("gamma = {low = 0.9}\n", "gamma: a list of values, or low and high"),
         ("gamma = {low = 0.9, high = 0.5}\n", "gamma: a list"),
@@ -130,6 +134,23 @@ def test_mistakes_are_one_line(tmp_path, text, said):
     last = output.strip().splitlines()[-1]
     assert last.startswith("error: ") and said in last and "Traceback" not in output
     assert not (tmp_path / "r").exists()
+
+
+def test_a_study_belongs_to_one_process(tmp_path):
+    path, root = space(tmp_path, steps=20_480, seeds=1), tmp_path / "r"
+    first = begin(path, root, "--trials", 1, "--workers", 1)
+    wait_for(lambda: list(root.glob("*/study.db")))
+    assert "another process tunes there" in finish(begin(path, root), code=2)
+    finish(first)
+
+
+def test_seeds_of_a_trial_come_one_after_the_other(tmp_path):
+    """Else trials would be compared at different points, as they get more workers or fewer."""
+    path, root = space(tmp_path), tmp_path / "r"
+    finish(begin(path, root, "--trials", 2, "--workers", 3))
+    for number in range(2):
+        one, two = sorted(root.glob(f"*/Pendulum-v1, trial {number}__*/metrics.jsonl"))
+        assert one.stat().st_mtime < (two.parent / "args.json").stat().st_mtime
 
 
 def test_no_suite_may_have_seeds_of_tuning(tmp_path):
