@@ -687,8 +687,8 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops, and goes on with FIRE after
-    a lost life, which Breakout would wait for. `lives` counts those left.
+    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops. After a lost life, FIRE is
+    pressed whatever the action, as Breakout would wait for it. `lives` counts those left.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
@@ -703,17 +703,18 @@ class AtariGame(gym.Env):
         self.action_space, self.render_mode = self.game.single_action_space, render_mode
         names = [action.name for action in self.game.ale.get_action_set()]
         fires = args.env_kwargs.get("use_fire_reset", True) and "FIRE" in names
-        self.fire = np.array([names.index("FIRE")]) if fires else None
+        self.fire = names.index("FIRE") if fires else None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         obs, info = self.game.reset(seed=seed)
         self.frames, self.lives = obs[0], int(info["lives"][0])
-        self.begun = False
+        self.begun = self.lost_life = False
         return self.frames, {}
 
     def send(self, action: np.ndarray) -> None:
         """Begin a step; `step` waits for its end."""
-        self.game.send(np.array([action]))
+        fires = self.lost_life and self.fire is not None
+        self.game.send(np.array([self.fire if fires else action]))
         self.begun = True
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
@@ -721,11 +722,7 @@ class AtariGame(gym.Env):
             self.send(action)
         self.begun = False
         obs, rewards, terminations, truncations, info = self.game.recv()
-        dies = int(info["lives"][0]) < self.lives and not terminations[0] and not truncations[0]
-        if dies and self.fire is not None:
-            reward = rewards[0]
-            obs, rewards, terminations, truncations, info = self.game.step(self.fire)
-            rewards += reward
+        self.lost_life = int(info["lives"][0]) < self.lives
         self.frames, self.lives = obs[0], int(info["lives"][0])
         return self.frames, float(rewards[0]), bool(terminations[0]), bool(truncations[0]), {}
 

@@ -18,7 +18,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from benchmark.report import COLORS, pyplot
+from benchmark.plots import COLORS, pyplot
 from benchmark.results import RESULTS, ROOT
 
 # Environment -> environment steps of training after which the policy is looked at.

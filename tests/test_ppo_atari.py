@@ -258,25 +258,23 @@ def test_fire_after_a_lost_life(name, fire):
     env.close()
 
 
-def test_the_reward_of_a_step_with_fire_is_kept(monkeypatch):
-    """By hand: a step of reward 3 loses a life, FIRE brings 1 more and is no step of the agent."""
-    module = load("ppo_atari")
+@pytest.mark.parametrize("name", ["ppo_atari", "a2c", "dqn", "double_dqn_per"])
+def test_fire_takes_the_place_of_one_action(name, monkeypatch):
+    """By hand: the second step loses a life, so the third is FIRE; a step is a frame all the same."""
+    module = load(name)
     env = module.make_env(module.Args(env_id="ALE/Breakout-v5"), None)
     env.reset(seed=1)
-    game, sent = env.unwrapped.game, []
-    found = [(3.0, 4), (1.0, 4), (0.0, 4)]
+    sent, lives = [], iter([5, 4, 4, 4])
 
     def recv():
-        reward, lives = found[len(sent) - 1]
-        info = {"lives": np.array([lives])}
-        none = np.zeros(1, bool)
-        return np.zeros((1, 4, 84, 84), np.uint8), np.array([reward]), none, none, info
+        info, none = {"lives": np.array([next(lives)])}, np.zeros(1, bool)
+        return np.zeros((1, 4, 84, 84), np.uint8), np.zeros(1), none, none, info
 
-    monkeypatch.setattr(game, "send", sent.append)
-    monkeypatch.setattr(game, "recv", recv)
-    monkeypatch.setattr(game, "step", lambda action: (game.send(action), game.recv())[1])
-    assert [env.step(np.array(2))[1] for _ in range(2)] == [4.0, 0.0]
-    assert np.concatenate(sent).tolist() == [2, 1, 2] and env.unwrapped.lives == 4
+    monkeypatch.setattr(env.unwrapped.game, "send", sent.append)
+    monkeypatch.setattr(env.unwrapped.game, "recv", recv)
+    for _ in range(4):
+        env.step(np.array(2))
+    assert np.concatenate(sent).tolist() == [2, 2, 1, 2]
     env.close()
 
 
