@@ -260,7 +260,7 @@ def test_fire_after_a_lost_life(name, fire):
 
 @pytest.mark.parametrize("name", ["ppo_atari", "a2c", "dqn", "double_dqn_per"])
 def test_fire_takes_the_place_of_one_action(name, monkeypatch):
-    """By hand: the second step loses a life, so the third is FIRE; a step is a frame all the same."""
+    """By hand: the second step loses a life, so the third is FIRE. A step stays a frame."""
     module = load(name)
     env = module.make_env(module.Args(env_id="ALE/Breakout-v5"), None)
     env.reset(seed=1)
