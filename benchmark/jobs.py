@@ -248,6 +248,8 @@ def start(job: Job) -> subprocess.Popen | None:
         more["PYTHONPATH"] = os.pathsep.join(
             filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
         )
+        if (ROOT / ".git").exists():  # for the commit in args.json: the copy is in no repository
+            more["GIT_DIR"] = str(ROOT / ".git")
         of_all_seeds = f"{job.script}__{job.name.rsplit('__', 2)[0]}"
         return subprocess.Popen(
             words,

@@ -135,6 +135,11 @@ def test_a_sweep_completes_and_a_second_one_has_nothing_to_do(tmp_path):
     assert "2 complete, 0 to resume, 0 to start" in again.stdout
     assert before == {f: (f / "metrics.jsonl").read_bytes() for f in folders(tmp_path / "r")}
     assert set(starts(tmp_path / "r").values()) == {1}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    for folder in folders(tmp_path / "r"):  # which is in no repository
+        about = json.loads((folder / "args.json").read_text())
+        assert about["git"] == (git.stdout.strip() or None)
+        assert "cores" in (folder / "hardware.txt").read_text()
 
 
 def test_commands_of_a_dry_run_can_be_pasted(tmp_path):
