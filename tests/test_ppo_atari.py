@@ -392,7 +392,9 @@ def test_a_killed_process_ends_the_others(killed, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and not out and not any(map(alive, processes))
     if killed:
-        assert "error: the processes cannot exchange data" in err, err
+        # Or torchrun's SIGTERM came first, between two exchanges.
+        said = ("error: the processes cannot exchange data", "stopped; go on: torchrun")
+        assert any(text in err for text in said), err
     assert checkpoint(tmp_path / "r")["global_step"] >= 64
     last = checkpoint(tmp_path / "r")["global_step"]
     words = ["--resume", tmp_path / "r", "--total-timesteps", 10**6]
