@@ -144,6 +144,19 @@ def test_probability_of_improvement_by_hand():
     assert back == pytest.approx(1 - value)
 
 
+def test_probability_of_improvement_by_loops():
+    """Random runs with ties and unequal numbers of seeds."""
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        x, y = ([rng.integers(0, 6, n) for n in rng.integers(1, 7, 4)] for _ in range(2))
+        chances = []
+        for a, b in zip(x, y, strict=True):
+            wins = sum(1.0 if i > j else 0.5 if i == j else 0.0 for i in a for j in b)
+            chances.append(wins / len(a) / len(b))
+        value, low, high = stats.probability_of_improvement(x, y)
+        assert value == pytest.approx(sum(chances) / 4) and 0 <= low <= value <= high <= 1
+
+
 @pytest.mark.parametrize("runs", [3, 5, 10])
 @pytest.mark.parametrize("chance", [0.5, 0.75, 0.95])
 @pytest.mark.parametrize("environments", [1, 3])
