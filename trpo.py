@@ -26,7 +26,7 @@ Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, for GAE of 
 
 Deviations from the paper:
 - Advantages come from a critic (arXiv:1506.02438), not from whole episodes; Adam fits it to R_t.
-- F is damped, and from all samples, not a tenth of them. Delta falls to 0: a calm end.
+- F is damped, and from all samples, not a tenth of them. Delta falls to 0: the last policy counts.
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
 - Observations, rewards and advantages are normalised as in arXiv:2005.12729. The statistics of the

@@ -76,9 +76,8 @@ class Options:
     """GPUs that Ray keeps for a job; 0.25 lets four jobs share one."""
 
 
-TUNING_SEEDS = (
-    1_000_000  # from here on: benchmark.tune's alone, so that no result is of one of them
-)
+# From here on they are benchmark.tune's alone, so that no result is of one of them.
+TUNING_SEEDS = 1_000_000
 SUITE_KEYS = ("seeds", "runs")
 GROUP_KEYS = ("name", "scripts", "env_ids", "args", "grid")
 
