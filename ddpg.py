@@ -144,7 +144,11 @@ def hidden_layers(in_dim: int) -> nn.Sequential:
 
 
 def mixed_precision(network: nn.Module, inputs: Tensor, bfloat16: bool) -> Tensor:
-    """The network's output in float32; its layers compute in bfloat16 where asked."""
+    """The network's output in float32; its layers compute in bfloat16 where asked.
+
+    Not for a few rows: converting the weights would take longer. Shapes: (..., B, dim).
+    """
+    bfloat16 = bfloat16 and inputs.shape[-2] > 16
     with torch.autocast("cuda" if inputs.is_cuda else "cpu", torch.bfloat16, bfloat16):
         outputs = network(inputs)
     return outputs.float()

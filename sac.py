@@ -152,7 +152,11 @@ def hidden_layers(in_dim: int) -> nn.Sequential:
 
 
 def mixed_precision(network: nn.Module, inputs: Tensor, bfloat16: bool) -> Tensor:
-    """The network's output in float32; its layers compute in bfloat16 where asked."""
+    """The network's output in float32; its layers compute in bfloat16 where asked.
+
+    Not for a few rows: converting the weights would take longer. Shapes: (..., B, dim).
+    """
+    bfloat16 = bfloat16 and inputs.shape[-2] > 16
     with torch.autocast("cuda" if inputs.is_cuda else "cpu", torch.bfloat16, bfloat16):
         outputs = network(inputs)
     return outputs.float()
@@ -331,8 +335,8 @@ def train(args: Args) -> None:
     @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
         """Actions of the policy. Shapes: obs (B, obs_dim) -> (B, action_dim)."""
-        actions, _ = sample(torch.from_numpy(obs).float().to(device), draw_noise(len(obs)))
-        return actions.cpu().numpy()
+        mean, log_std = actor(torch.from_numpy(obs).float().to(device))
+        return (mean + log_std.exp() * draw_noise(len(obs))).tanh().cpu().numpy()
 
     @torch.no_grad()
     def deterministic_policy(obs: np.ndarray) -> np.ndarray:
