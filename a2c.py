@@ -1,11 +1,11 @@
 """Advantage actor-critic (A2C), complete in this one file.
 
-A policy gradient that does not wait for the end of the episode. After a few steps in each of many
-environments follows one gradient step. The critic V serves twice: as the baseline that says which
+A policy gradient that does not wait for the end of the episode: it takes a gradient step after a
+few steps in each of many environments. The critic V serves twice: as the baseline that says which
 returns are better than expected, and as an estimate of what comes after these few steps. Mnih et
-al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438. Its lambda says how soon
-V takes over from the rewards. 1: after the last of the steps, as in the first paper (n-step
-returns); 0: after one step (TD error); between them: a mixture of both.
+al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438, whose lambda says how
+soon V takes over from the rewards. 1: after the last of the steps, as in the paper of Mnih et al.
+(n-step returns); 0: after one step (TD error); between them: a mixture of both.
 
     for each update:
         run the policy for num_steps in each of num_envs environments
@@ -89,11 +89,11 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products in float32 (highest), faster ones (medium), bfloat16 in Atari's network."""
     gamma: float = 0.99
-    """Discount factor per environment step."""
+    """Discount factor per environment step; 1 only where no time limit ends an episode."""
     gae_lambda: float = Default(0.95, atari=1.0)
-    """Lambda of the advantages: 0 is the TD error, 1 the Monte Carlo return (arXiv:1506.02438)."""
+    """Lambda of the advantages: V takes over after 1 step (0) or the last (1); arXiv:1506.02438."""
     num_steps: Count = Default(8, atari=5)
-    """Steps of each environment per iteration."""
+    """Steps of each environment per update."""
     critic_steps: Count = Default(10, atari=1)
     """Gradient steps of the critic for each one of the policy."""
     norm_adv: bool = Default(True, atari=False)

@@ -71,7 +71,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products in float32 (highest), faster ones (medium), bfloat16 in hidden layers."""
     gamma: float = 0.99
-    """Discount factor per environment step."""
+    """Discount factor per environment step; 1 only where no time limit ends an episode."""
     buffer_size: Count = 1_000_000
     """Transitions in the replay memory."""
     learning_starts: Count = 10_000
@@ -144,11 +144,8 @@ def hidden_layers(in_dim: int) -> nn.Sequential:
 
 
 def mixed_precision(network: nn.Module, inputs: Tensor, bfloat16: bool) -> Tensor:
-    """The network's output in float32; its layers compute in bfloat16 where asked.
-
-    Not for a few rows: converting the weights would take longer. Shapes: (..., B, dim).
-    """
-    bfloat16 = bfloat16 and inputs.shape[-2] > 16
+    """The network's output in float32; its layers compute in bfloat16 where asked."""
+    bfloat16 = bfloat16 and inputs.shape[-2] > 16  # converting the weights must be worth it
     with torch.autocast("cuda" if inputs.is_cuda else "cpu", torch.bfloat16, bfloat16):
         outputs = network(inputs)
     return outputs.float()

@@ -91,7 +91,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products in float32 (highest), faster ones (medium), bfloat16 in Atari's network."""
     gamma: float = 0.99
-    """Discount factor per environment step."""
+    """Discount factor per environment step; 1 only where no time limit ends an episode."""
     buffer_size: Count = Default(50_000, atari=1_000_000)
     """Transitions in the replay memory; on Atari a million take 7 GB."""
     learning_starts: Count = Default(1_000, atari=50_000)

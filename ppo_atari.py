@@ -76,9 +76,9 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products in float32 (highest), faster ones (medium), bfloat16 in Atari's network."""
     gamma: float = 0.99
-    """Discount factor per environment step."""
+    """Discount factor per environment step; 1 only where no time limit ends an episode."""
     gae_lambda: float = 0.95
-    """Lambda of the advantages: 0 is the TD error, 1 the Monte Carlo return (arXiv:1506.02438)."""
+    """Lambda of the advantages: V takes over after 1 step (0) or the last (1); arXiv:1506.02438."""
     num_steps: Count = 128
     """Steps of each environment per iteration."""
     num_minibatches: Count = 4

@@ -10,7 +10,7 @@ moving too far from the data. Schulman et al. 2017, arXiv:1707.06347; equation n
         for each epoch:
             delta_t = r_t + gamma V(s_t+1) - V(s_t)                             (eq. 12)
             A_t = delta_t + gamma lambda A_t+1, R_t = A_t + V(s_t)              (eq. 11, recursive)
-            (no V(s_t+1) after a termination, no A_t+1 after the end of any episode)
+            (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or of the steps)
             for each minibatch:
                 ratio = pi(a|s) / pi_old(a|s)                                   (section 3)
                 L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)       (eq. 7)
@@ -29,7 +29,8 @@ Deviations from the paper:
 - Advantages are computed again before every epoch, with the newest critic (arXiv:2006.05990).
 - Advantages are normalised, gradients clipped, weights orthogonal with a small last policy layer,
   and actions begin with a small spread (arXiv:2006.05990), as in most published results.
-- The epochs stop once the policy has moved too far (--target-kl): clipping is not always enough.
+- The learning rate falls to 0 over the run. The epochs stop once the policy has moved too far
+  (--target-kl): clipping is not always enough.
 - The KL is estimated from the sampled actions: only old log-probabilities have to be stored.
 """
 
@@ -71,9 +72,9 @@ class Args:
     anneal_lr: bool = True
     """Lower the learning rate linearly over the run, to 0 (arXiv:2006.05990, section 3.7)."""
     gamma: float = 0.99
-    """Discount factor per environment step."""
+    """Discount factor per environment step; 1 only where no time limit ends an episode."""
     gae_lambda: float = 0.95
-    """Lambda of the advantages: 0 is the TD error, 1 the Monte Carlo return (arXiv:1506.02438)."""
+    """Lambda of the advantages: V takes over after 1 step (0) or the last (1); arXiv:1506.02438."""
     num_steps: Count = 256
     """Steps of each environment per iteration."""
     num_minibatches: Count = 32
@@ -262,10 +263,13 @@ def ppo_policy_loss(
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
-    """Weight of the KL penalty for the next iteration. Source: Schulman et al. 2017, section 4."""
+    """Weight of the KL penalty for the next iteration. Source: Schulman et al. 2017, section 4.
+
+    Within 1e-6 and 1e6, so that it comes back soon after many changes in one direction.
+    """
     if kl > 1.5 * target_kl:
-        return kl_coef * 2
-    return kl_coef / 2 if kl < target_kl / 1.5 else kl_coef
+        return min(kl_coef * 2, 1e6)
+    return max(kl_coef / 2, 1e-6) if kl < target_kl / 1.5 else kl_coef
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
@@ -369,9 +373,8 @@ def train(args: Args) -> None:
     obs = np.stack(envs.get_attr("obs"))
 
     while global_step < args.total_timesteps:
-        remaining = 1 - global_step / args.total_timesteps
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
-        optimizer.param_groups[0]["lr"] = learning_rate
+        remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
         for t in range(args.num_steps):
             # 1. Act
@@ -452,7 +455,8 @@ def train(args: Args) -> None:
             obs_normalizer.update(buffer.obs.flatten(0, 1))
 
         # 5. Log, checkpoint, evaluate
-        metrics |= {"charts/learning_rate": learning_rate, "charts/kl_coef": loop["kl_coef"]}
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        metrics["charts/kl_coef"] = loop["kl_coef"]
         run.end_iteration(global_step, metrics)
     run.finish()
 

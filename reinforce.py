@@ -22,9 +22,10 @@ reinforcement learning". Equation and section numbers are those of the overview 
 Deviations from the paper (Williams 1992):
 - A time limit is not part of the task (arXiv:1712.00378). With --baseline value, the return goes on
   with V of the episode's last observation. The other baselines have no V: there, the return ends
-  with the episode, so that the last actions before the limit are credited with too little.
+  with the episode, and the last actions before the limit miss the rewards that would have followed.
 - The return from each step is discounted from that step on. The exact gradient of the discounted
-  return has a factor gamma^t, too, which would nearly remove late steps from the sum.
+  return, which --no-reward-to-go follows, nearly removes late steps by a factor gamma^t (1 if gamma
+  is 1: then both switches change the noise alone).
 - Advantages are divided by their root mean square, so that the units of the reward do not matter.
   Their mean is not subtracted: that would be one more baseline.
 - Adam with a falling learning rate, where the paper has plain gradient ascent.
@@ -69,12 +70,12 @@ class Args:
     anneal_lr: bool = True
     """Lower the learning rates linearly over the run, to 0 at its end."""
     gamma: float = 0.99
-    """Discount factor per environment step."""
+    """Discount factor per environment step; 1 only where no time limit ends an episode."""
     reward_to_go: bool = True
     """Weight an action by the rewards after it; without: by the return of the whole episode."""
     baseline: Literal["none", "constant", "optimal", "time", "value"] = "value"
-    """What is subtracted. constant: mean return of the other episodes; optimal: from them, too, the
-    number of least variance; time: their mean at the same step; value: a learned V(s)."""
+    """What is subtracted. From the other episodes: their mean over all steps (constant) or at the
+    same step (time), or the number of least variance (optimal). value: a learned V(s)."""
     norm_adv: bool = True
     """Divide advantages by their root mean square."""
     critic_learning_rate: float = 1e-3
@@ -268,7 +269,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     gamma is 1, no time limit cuts, nothing is normalised and no action changes its own baseline.
 
     Shapes: log_probs, advantages (T, N), advantages 0 after an episode's end -> ().
-    Source: Williams 1992, theorem 1.
+    Source: Williams 1992, theorem 2.
     """
     return -(log_probs * advantages).sum(0).mean()
 
@@ -452,7 +453,7 @@ def train(args: Args) -> None:
         metrics = {
             "losses/policy_loss": policy_loss.item(),
             "losses/entropy": entropy(policy)[mask].mean().item(),
-            "losses/grad_norm": gradients.mean(0).norm().item(),
+            "losses/grad_norm": gradients.mean(0).norm().item(),  # without --norm-adv
         }
         if args.num_envs > 1:  # variance of the mean over the episodes, summed over parameters
             variance = gradients.var(0).sum() / args.num_envs

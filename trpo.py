@@ -7,7 +7,7 @@ change x of the parameters, this KL is about x^T F x / 2, with the Fisher matrix
 direction is then not the gradient g but the natural gradient F^-1 g. Conjugate gradients find it
 from products of F with vectors; F itself is never computed. As all this holds only for small
 changes, a line search shortens the step until the true KL is small enough and L (below) is better.
-Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, for GAE of arXiv:1506.02438.
+Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, or GAE's (arXiv:1506.02438).
 
     for each iteration:
         run the policy for num_steps in each of num_envs environments
@@ -16,7 +16,7 @@ Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, for GAE of 
         (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or of the steps)
         g = gradient of L = mean of A_t pi(a_t|s_t) / pi_old(a_t|s_t)             (eq. 14)
         solve (F + damping) x = g; F v = gradient of v^T (gradient of mean KL)    (appendix C.1)
-        beta = sqrt(2 delta / x^T (F + damping) x): the KL of beta x is about delta (appendix C)
+        beta = sqrt(2 delta / x^T (F + damping) x), so that beta x has a KL of at most about delta
         shrink beta until L is better and the mean KL at most delta, or give up   (appendix C)
         gradient steps of the critic on (V(s_t) - R_t)^2
 
@@ -26,7 +26,7 @@ Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, for GAE of 
 
 Deviations from the paper:
 - Advantages come from a critic (arXiv:1506.02438), not from whole episodes; Adam fits it to R_t.
-- F is damped, and from all samples, not a tenth of them. Delta falls to 0: the last policy counts.
+- F is damped, and from all samples, not a tenth. Delta falls to 0: the last policy is the result.
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
 - Observations, rewards and advantages are normalised as in arXiv:2005.12729. The statistics of the
@@ -79,11 +79,11 @@ class Args:
     max_backtracks: Count = 10
     """How many steps the line search tries before it keeps the old policy."""
     npg_step: float | None = None
-    """Fixed step along the natural gradient, with --no-line-search; None: as --max-kl allows."""
+    """Fixed, constant step along F^-1 g, with --no-line-search; None: as --max-kl allows."""
     gamma: float = 0.99
-    """Discount factor per environment step."""
+    """Discount factor per environment step; 1 only where no time limit ends an episode."""
     gae_lambda: float = 0.95
-    """Lambda of the advantages: 0 is the TD error, 1 the Monte Carlo return (arXiv:1506.02438)."""
+    """Lambda of the advantages: V takes over after 1 step (0) or the last (1); arXiv:1506.02438."""
     num_steps: Count = 64
     """Steps of each environment per iteration."""
     norm_adv: bool = True
@@ -266,9 +266,9 @@ def conjugate_gradient(
 
 
 def largest_step_size(curvature: Tensor, max_kl: float) -> Tensor:
-    """beta for which beta^2 x^T F x / 2, about the KL of beta x, is max_kl. 0 without curvature.
+    """beta for which beta^2 curvature / 2 is max_kl; with damping, the KL of beta x is below that.
 
-    Shapes: curvature (), which is x^T F x -> (). Source: Schulman et al. 2015, appendix C.
+    Shapes: curvature (), x^T (F + damping) x -> (), or 0. Source: Schulman et al. 2015, appendix C.
     """
     return torch.where(curvature > 0, (2 * max_kl / curvature).sqrt(), 0)
 
@@ -434,7 +434,7 @@ def train(args: Args) -> None:
             rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
         )
         returns = advantages + values
-        if args.norm_adv and advantages.numel() > 1:  # only --npg-step depends on their scale
+        if args.norm_adv and advantages.numel() > 1:  # of their scale, only --npg-step takes notice
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         # 4. Update
@@ -466,7 +466,7 @@ def check_args(args: Args) -> None:
     counts = "num_steps critic_steps cg_steps max_backtracks"
     require(args, counts, lambda x: x >= 1, "at least 1")
     require(args, "cg_damping", lambda x: 0 <= x < math.inf, "0 or more")
-    require(args, "backtrack_coef", lambda x: 0 < x < 1, "between 0 and 1")
+    require(args, "backtrack_coef", lambda x: 0 < x < 1, "above 0 and below 1")
     require(args, "log_std_init", lambda x: -20 <= x <= 2, "between -20 and 2")
     if args.npg_step is not None:
         require(args, "npg_step", lambda x: 0 < x < math.inf, "above 0")

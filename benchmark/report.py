@@ -35,6 +35,7 @@ from benchmark.rows import (
     summary,
     without_repeats,
 )
+from benchmark.stats import FEWEST
 
 BEGIN, END = "<!-- results: python -m benchmark.report -->", "<!-- end of results -->"
 
@@ -84,14 +85,13 @@ def published_cell(row: Row, label: str, sources: list[str]) -> str:
     return f"{number(mean)}{spread} [{sources.index(note) + 1}]"
 
 
-def table(rows: list[Row]) -> str:
-    """Final evaluations of one script beside published numbers, as Markdown."""
+def table(rows: list[Row], sources: list[str]) -> str:
+    """Final evaluations of one script beside published numbers; adds to the list of sources."""
     lines = [
         f"| `{rows[0].script}.py` | steps | mean ± std | 95 % interval of the mean | seeds |"
         " best published | CleanRL |",
         "|---|---|---|---|---|---|---|",
     ]
-    sources: list[str] = []
     for row in rows:
         best, cleanrl = (published_cell(row, label, sources) for label in ("best", "CleanRL"))
         line, ours, around = summary(row), "", ""
@@ -104,14 +104,16 @@ def table(rows: list[Row]) -> str:
                 ours = f"**{ours}**" if line["mean"] >= line["best_published"] else ours
         cells = [row.heading, steps(line["steps"]), ours, around]
         lines.append(f"| {' | '.join([*cells, seeds, best, cleanrl])} |")
+    return "\n".join([*lines, ""])
+
+
+def details(rows: list[Row], sources: list[str]) -> str:
+    """Where published numbers are from, and every run, finished or not, folded away."""
     notes = [f"[{n}] {text}  " for n, text in enumerate(sources, 1)]
-    return "\n".join([*lines, "", *notes]).rstrip() + "\n"
-
-
-def each_run(rows: list[Row]) -> str:
-    """Every run by itself, finished or not, folded away."""
     lines = [
-        "<details><summary>Every run</summary>\n",
+        f"<details><summary>{'Sources of the published numbers; every' if notes else 'Every'} run"
+        "</summary>\n",
+        *([*notes, ""] if notes else []),
         "| environment | seed: final return ± std over its episodes | minutes a run |",
         "|---|---|---|",
     ]
@@ -228,9 +230,14 @@ def readme_with_results() -> str:
     parts, everything = [], []
     for script, rows in collected().items():
         image = f"![Learning curves of {script}.py](benchmark/results/{script}.png)"
-        parts += [table(rows), unfinished(rows), image, "", each_run(rows)]
+        sources: list[str] = []
+        parts += [table(rows, sources), unfinished(rows), image, "", details(rows, sources)]
         everything += rows
-    parts += [text for family in families(everything, True) if (text := comparison(family))]
+    enough = [row for row in everything if len(row.done) >= FEWEST]  # to compare scripts with
+    parts += [text for family in families(enough, True) if (text := comparison(family))]
+    few = [f"{code(row.contender)} on {row.environment}" for row in everything if row not in enough]
+    if few:
+        parts += [f"Not compared, with fewer than {FEWEST} seeds: {', '.join(few)}.\n"]
     if over := [text for family in families(everything) if (text := score_table(family))]:
         parts += [*over, "![Performance profiles](benchmark/results/profiles.png)"]
     return before + BEGIN + "\n\n" + "\n".join(part for part in parts) + "\n\n" + END + after
@@ -273,8 +280,8 @@ def write_report(paths: list[Path], out: Path, **curves) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Results\n"]
     for script in dict.fromkeys(row.script for row in rows):
-        mine = [row for row in rows if row.script == script]
-        parts += [table(mine), each_run(mine)]
+        mine, sources = [row for row in rows if row.script == script], []
+        parts += [table(mine, sources), details(mine, sources)]
     parts += [unfinished(rows)]
     if problems:
         parts += ["Could not be used:\n", *(f"- {text}" for text in problems), ""]

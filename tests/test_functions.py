@@ -105,6 +105,13 @@ def test_adapting_the_kl_coefficient(ppo):
     assert ppo.adapt_kl_coef(1.0, 0.0149, 0.01) == 1.0
     assert ppo.adapt_kl_coef(1.0, 0.0067, 0.01) == 1.0
     assert ppo.adapt_kl_coef(1.0, 0.0066, 0.01) == 0.5
+    coef = 1.0
+    for _ in range(2000):  # within a float32's range, and back within twenty iterations
+        coef = ppo.adapt_kl_coef(coef, 0.0, 0.01)
+    assert coef == 1e-6
+    for _ in range(2000):
+        coef = ppo.adapt_kl_coef(coef, 1.0, 0.01)
+    assert coef == 1e6
 
 
 def test_value_loss(ppo):

@@ -681,9 +681,9 @@ def test_one_bad_folder_does_not_keep_others_from_being_collected(tmp_path):
 
 def test_older_code_is_marked(collected, monkeypatch):
     (row,) = rows.group(results.load("ppo_continuous"))
-    assert "(older code)" in report.table([row])
+    assert "(older code)" in report.table([row], [])
     monkeypatch.setattr(rows, "code_hash", lambda path: row.code)
-    assert "older code" not in report.table([row])
+    assert "older code" not in report.table([row], [])
 
 
 def test_every_script_is_known():

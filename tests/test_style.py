@@ -28,6 +28,7 @@ FIELD_VARIANTS: dict[str, str] = {
     "anneal_lr": "PPO names its source; TRPO: --max-kl, and only the critic has a learning rate",
     "env_id": "some scripts: Atari too, or alone",
     "num_envs": "REINFORCE: it is the number of episodes, too; ppo_atari: of all processes",
+    "num_steps": "A2C: an iteration has many updates",
     "num_minibatches": "ppo_atari: of whole time steps",
     "critic_learning_rate": "a2c: not on Atari",
     "optimizer": "the form of RMSProp differs",
