@@ -115,7 +115,7 @@ class Args:
     num_envs: Count = 16
     """Environments stepped together."""
     env_kwargs: Json = field(default_factory=dict)
-    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
+    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'; of games: AtariVectorEnv."""
     async_envs: bool = False
     """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
     norm_obs: bool = Default(True, atari=False)
@@ -388,7 +388,7 @@ def train(args: Args) -> None:
     while global_step < last_step:
         if args.anneal_lr:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * (1 - global_step / last_step)
+                group["lr"] = group["initial_lr"] * max(0, 1 - global_step / args.total_timesteps)
         steps = []
         for _ in range(args.num_steps):
             # 1. Act
@@ -518,7 +518,7 @@ class AtariActorCritic(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Policy, Tensor]:
         obs = obs.to(self.dtype, memory_format=torch.channels_last) / 255
-        with torch.autocast("cuda" if obs.is_cuda else "cpu", self.dtype, self.bfloat16):
+        with torch.autocast("cpu" if obs.is_meta else obs.device.type, self.dtype, self.bfloat16):
             hidden = self.hidden(obs)
         hidden = hidden.float()
         return self.logits(hidden), self.value(hidden).squeeze(-1)

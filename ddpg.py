@@ -20,8 +20,8 @@ added to its actions. Lillicrap et al. 2016, arXiv:1509.02971; equation numbers 
 Deviations from the paper:
 - Only the end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
 - Two hidden layers of 256 units with PyTorch's initialisation in both networks, the action enters
-  in the first layer, no batch normalisation, no weight decay, minibatches of 256, faster learning
-  rates and targets: as in most later work, which does better so (arXiv:1802.09477).
+  in the first layer, no batch normalisation, no weight decay, minibatches of 256, an actor and
+  targets that learn faster: as in most later work, which does better so (arXiv:1802.09477).
 - The noise is Gaussian; --noise ou --noise-std 0.38 is the paper's Ornstein-Uhlenbeck process.
   Noise that changes slowly gains nothing on today's tasks (arXiv:1802.09477).
 - Actions are random at first, so that the replay memory does not begin with one useless policy.
@@ -81,11 +81,11 @@ class Args:
     batch_size: Count = 256
     """Transitions per gradient step."""
     tau: float = 0.005
-    """Share of the network in an update of its target: 1 copies it, less is Polyak averaging."""
+    """How far the target network moves to the other: 1 copies it, less is Polyak averaging."""
     noise: Literal["gaussian", "ou"] = "gaussian"
     """New noise for every action, or noise that changes slowly (Ornstein-Uhlenbeck)."""
     noise_std: float = 0.1
-    """Std of the noise; actions' bounds are [-1, 1] here."""
+    """Std of the noise, for actions whose bounds are [-1, 1]."""
     log_frequency: Count = 1000
     """Environment steps per iteration; each iteration ends with a line of metrics."""
 
@@ -146,7 +146,7 @@ def hidden_layers(in_dim: int) -> nn.Sequential:
 def mixed_precision(network: nn.Module, inputs: Tensor, bfloat16: bool) -> Tensor:
     """The network's output in float32; its layers compute in bfloat16 where asked."""
     bfloat16 = bfloat16 and inputs.shape[-2] > 16  # converting the weights must be worth it
-    with torch.autocast("cuda" if inputs.is_cuda else "cpu", torch.bfloat16, bfloat16):
+    with torch.autocast("cpu" if inputs.is_meta else inputs.device.type, torch.bfloat16, bfloat16):
         outputs = network(inputs)
     return outputs.float()
 
@@ -188,7 +188,7 @@ def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma:
 
 
 class ActionNoise:
-    """Noise for the actions of each environment, with mean 0 and the given std.
+    """Noise for the actions of each environment, with mean 0 and, some steps on, the given std.
 
     Each value is the last one times 1 - theta, plus Gaussian noise (an Ornstein-Uhlenbeck process
     in steps of 1). theta = 1 makes all values independent. Shapes: values (num_envs, action_dim).
@@ -351,7 +351,7 @@ def train(args: Args) -> None:
 
             # 4. Update
             if args.anneal_lr:
-                remaining = 1 - global_step / last_step
+                remaining = max(0, 1 - global_step / args.total_timesteps)
                 actor_optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
                 critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * remaining
             critic_optimizer.zero_grad()
@@ -431,7 +431,7 @@ def make_buffer(args: Args, obs_dim: int, action_dim: int) -> TransitionBuffer:
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
     if args.learning_starts > args.total_timesteps and not args.evaluate:
-        warn(f"--learning-starts {args.learning_starts} is after the end: nothing is learned")
+        warn(f"--learning-starts {args.learning_starts} is after the end: it may learn nothing")
     if gigabytes > free and not args.evaluate:
         memory = f"{args.buffer_size:,} transitions in {gigabytes:.1f} GB"
         stop(f"error: --buffer-size: {memory}, but only {free:.1f} GB of memory are free")

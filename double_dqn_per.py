@@ -28,7 +28,7 @@ Deviations from the papers:
 - The tuned network of (A) shares one bias between all actions; this one does not.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss, which does not clip large errors.
-- FIRE is pressed before the no-ops and after lost lives. Epsilon falls from the first step on.
+- FIRE is pressed before no-ops and after lost lives. Epsilon falls at once. Evaluation is greedy.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Default:
 class Args:
     # Algorithm
     double: bool = True
-    """The trained network chooses the next action of the target (arXiv:1509.06461)."""
+    """The trained network chooses the next action, the target network gives its value."""
     prioritized: bool = True
     """Sample transitions by priority (arXiv:1511.05952); otherwise all have the same priority."""
     priority_alpha: float = Default(0.4, atari=0.6)
@@ -110,7 +110,7 @@ class Args:
     target_frequency: Count = Default(4, atari=30_000)
     """Environment steps between updates of the target network."""
     tau: float = Default(0.01, atari=1.0)
-    """Share of the network in an update of its target: 1 copies it, less is Polyak averaging."""
+    """How far the target network moves to the other: 1 copies it, less is Polyak averaging."""
     epsilon_start: float = 1.0
     """Probability of a random action at the start."""
     epsilon_end: float = Default(0.05, atari=0.01)
@@ -126,7 +126,7 @@ class Args:
     num_envs: Count = 1
     """Environments stepped together."""
     env_kwargs: Json = field(default_factory=dict)
-    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
+    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'; of games: AtariVectorEnv."""
     async_envs: bool = False
     """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
     sticky_actions: float = 0.0
@@ -208,7 +208,7 @@ class AtariQNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         obs = obs.to(self.dtype, memory_format=torch.channels_last) / 255
-        with torch.autocast("cuda" if obs.is_cuda else "cpu", self.dtype, self.bfloat16):
+        with torch.autocast("cpu" if obs.is_meta else obs.device.type, self.dtype, self.bfloat16):
             hidden = self.hidden(obs)
         return self.last(hidden.float())
 
@@ -302,14 +302,14 @@ class PrioritizedReplayBuffer:
     def write(self, env_ids, obs, actions, rewards, terminations) -> None:
         """Write one row for each of these environments."""
         i = self.next_row[env_ids]
-        self.frames[i] = obs[:, -1] if self.stack > 1 else obs
+        self.frames[i] = obs.reshape(len(i), self.stack, *self.frames.shape[1:])[:, -1]
         self.actions[i], self.rewards[i] = actions, rewards
         self.terminations[i] = terminations
         self.ages[i] = self.next_age[env_ids]
         overlapping = (i + (self.stack - 1) * self.num_envs) % self.size
         self.tree.update(overlapping, 0.0)  # row i was its stack's oldest frame
         previous = (i - self.num_envs) % self.size
-        self.tree.update(previous, self.largest * (self.actions[previous] >= 0))  # complete
+        self.tree.update(previous, self.largest * (self.actions[previous] >= 0))  # has a next
         self.next_row[env_ids] = (i + self.num_envs) % self.size
         self.next_age[env_ids] = np.minimum(self.next_age[env_ids] + 1, self.stack)
         self.filled = max(self.filled, int(i.max()) + 1)
@@ -422,7 +422,7 @@ def train(args: Args) -> None:
             terminations = terminations | ((lives < last_lives) & ~dones)
         buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
 
-        # Single steps, so that frequencies hold for any num_envs; sampling needs rows with a next.
+        # Single steps, so that frequencies hold for any num_envs; a row needs its next one.
         for _ in range(args.num_envs):
             global_step += 1
             learns = global_step >= args.learning_starts and buffer.filled > args.num_envs
@@ -473,7 +473,7 @@ def resolve_defaults(args: Args) -> None:
 def check_args(args: Args) -> None:
     """Raises: ValueError for values that make no sense."""
     check_run_args(args)
-    counts = "buffer_size train_frequency batch_size target_frequency exploration_steps"
+    counts = "train_frequency batch_size target_frequency exploration_steps"
     require(args, f"{counts} log_frequency", lambda x: x >= 1, "at least 1")
     require(args, "learning_starts", lambda x: x >= 0, "0 or more")
     unit = "gamma epsilon_start epsilon_end sticky_actions priority_alpha priority_beta"
@@ -678,13 +678,13 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> PrioritizedReplayBuff
     small = PrioritizedReplayBuffer(1000, 1, obs_shape, args.atari, alpha)
     gigabytes = args.buffer_size / 1e12 * sum(getattr(small, x).nbytes for x in small.ARRAYS)
     memory, free = f"{args.buffer_size:,} transitions in {gigabytes:.1f} GB", math.inf
-    with contextlib.suppress(OSError):  # only Linux tells
+    with contextlib.suppress(OSError, IndexError):  # only Linux tells
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
     if args.learning_starts > args.total_timesteps and not args.evaluate:
-        warn(f"--learning-starts {args.learning_starts} is after the end: nothing is learned")
+        warn(f"--learning-starts {args.learning_starts} is after the end: it may learn nothing")
     if args.atari and not args.evaluate:
-        print(f"{args.env_id}: the paper's values for flags not given; {memory}", flush=True)
+        print(f"{args.env_id}: published values for flags not given; {memory}", flush=True)
     if gigabytes > free and not args.evaluate:
         stop(f"error: --buffer-size: {memory}, but only {free:.1f} GB of memory are free")
     return PrioritizedReplayBuffer(args.buffer_size, args.num_envs, obs_shape, args.atari, alpha)

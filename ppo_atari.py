@@ -104,7 +104,7 @@ class Args:
     num_envs: Count = 8
     """Environments stepped together, counted over all processes of torchrun."""
     env_kwargs: Json = field(default_factory=dict)
-    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
+    """Arguments for ale_py's AtariVectorEnv, such as '{"noop_max": 0}'."""
     async_envs: bool = False
     """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
     sticky_actions: float = 0.0
@@ -178,7 +178,7 @@ class AtariActorCritic(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Policy, Tensor]:
         obs = obs.to(self.dtype, memory_format=torch.channels_last) / 255
-        with torch.autocast("cuda" if obs.is_cuda else "cpu", self.dtype, self.bfloat16):
+        with torch.autocast("cpu" if obs.is_meta else obs.device.type, self.dtype, self.bfloat16):
             hidden = self.hidden(obs)
         hidden = hidden.float()
         return self.logits(hidden), self.value(hidden).squeeze(-1)

@@ -1,11 +1,11 @@
 """Soft actor-critic (SAC), complete in this one file.
 
 DDPG with three more ideas. The actor is stochastic and explores by itself: it is paid for entropy,
-that is, for staying as random as the reward allows. This payment, alpha times the entropy, is part
-of all that comes after an action, so that values are soft. alpha is learned, so that the entropy
-stays near a target. Two critics learn the same target, and the smaller of their values counts: the
-actor would find and exploit the errors of one. Haarnoja et al. 2018b, arXiv:1812.05905; equation
-numbers are theirs, or of 2018a, arXiv:1801.01290, where it says so.
+that is, for staying as random as the reward allows. This payment, alpha times the entropy, counts
+in the value of everything that comes after an action; such values are called soft. alpha is
+learned, so that the entropy stays near a target. Two critics learn the same target, and the smaller
+of their values counts: the actor would find and exploit the errors of one. Haarnoja et al. 2018b,
+arXiv:1812.05905; equation numbers are theirs, or of 2018a, arXiv:1801.01290, where it says so.
 
     for each environment step:
         act with a ~ pi(.|s), the tanh of a Gaussian, at first at random
@@ -69,7 +69,7 @@ class Args:
     learning_rate: float = 3e-4
     """Step size of Adam for the actor and alpha at the start."""
     critic_learning_rate: float = 3e-4
-    """Step size for the critic at the start."""
+    """Step size for the critics, and for V with --value-network, at the start."""
     anneal_lr: bool = False
     """Lower the learning rates linearly over the run, to 0 at its end."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
@@ -85,13 +85,13 @@ class Args:
     batch_size: Count = 256
     """Transitions per gradient step."""
     tau: float = 0.005
-    """Share of the network in an update of its target: 1 copies it, less is Polyak averaging."""
+    """How far the target network moves to the other: 1 copies it, less is Polyak averaging."""
     autotune: bool = True
     """Learn alpha, the weight of the entropy, so that the entropy stays near its target."""
     alpha: float = 1.0
     """Weight of the entropy: at the start, or with --no-autotune always."""
     target_entropy: float | None = None
-    """Entropy in nats that alpha aims at; None: minus the number of action dimensions."""
+    """Entropy in nats, of actions in [-1, 1], that alpha aims at; None: minus their dimensions."""
     value_network: bool = False
     """Learn V with a network of its own, as in the first paper (arXiv:1801.01290)."""
     log_frequency: Count = 1000
@@ -154,7 +154,7 @@ def hidden_layers(in_dim: int) -> nn.Sequential:
 def mixed_precision(network: nn.Module, inputs: Tensor, bfloat16: bool) -> Tensor:
     """The network's output in float32; its layers compute in bfloat16 where asked."""
     bfloat16 = bfloat16 and inputs.shape[-2] > 16  # converting the weights must be worth it
-    with torch.autocast("cuda" if inputs.is_cuda else "cpu", torch.bfloat16, bfloat16):
+    with torch.autocast("cpu" if inputs.is_meta else inputs.device.type, torch.bfloat16, bfloat16):
         outputs = network(inputs)
     return outputs.float()
 
@@ -424,7 +424,7 @@ def train(args: Args) -> None:
 
             # 4. Update
             if args.anneal_lr:
-                remaining = 1 - global_step / last_step
+                remaining = max(0, 1 - global_step / args.total_timesteps)
                 actor_optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
                 critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * remaining
             critic_optimizer.zero_grad()
@@ -495,6 +495,9 @@ def make_networks(
     """Actor, critics and V (empty if it is not learned), in the precision that was asked for."""
     torch.set_float32_matmul_precision("medium" if args.precision == "medium" else "highest")
     bfloat16 = args.precision == "bfloat16"
+    most = action_dim * math.log(2)  # of uniform actions in [-1, 1]
+    if args.autotune and (args.target_entropy or 0) >= most:
+        stop(f"error: --target-entropy {args.target_entropy}: must be below {most:.2f} here")
     dims = obs_dim, action_dim, bfloat16
     value_network = ValueNetwork(obs_dim, bfloat16) if args.value_network else nn.Identity()
     networks = SquashedGaussianActor(*dims), TwinCritic(*dims), value_network
@@ -518,7 +521,7 @@ def make_buffer(args: Args, obs_dim: int, action_dim: int) -> TransitionBuffer:
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
     if args.learning_starts > args.total_timesteps and not args.evaluate:
-        warn(f"--learning-starts {args.learning_starts} is after the end: nothing is learned")
+        warn(f"--learning-starts {args.learning_starts} is after the end: it may learn nothing")
     if gigabytes > free and not args.evaluate:
         memory = f"{args.buffer_size:,} transitions in {gigabytes:.1f} GB"
         stop(f"error: --buffer-size: {memory}, but only {free:.1f} GB of memory are free")

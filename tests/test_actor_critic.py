@@ -269,9 +269,14 @@ def test_an_unbounded_box_is_refused(script, tmp_path):
 
 
 def test_alpha_steers_the_entropy_to_its_target(tmp_path):
-    """A target that cannot be reached makes alpha grow, a low one lets it fall."""
-    ends = []
-    for target in (-1.5, 1.0):
+    """A target that is hard to reach makes alpha grow, a low one lets it fall.
+
+    Uniform actions in [-1, 1] have an entropy of log 2: alpha would grow for ever above it.
+    """
+    ends, words = [], ["--env-id", "probes:Pointing-v0", "--target-entropy", 0.7]
+    done = run("sac", *words, "--run-dir", tmp_path / "none", code=2)
+    assert "must be below 0.69" in done.stderr and not (tmp_path / "none").exists()
+    for target in (-1.5, 0.65):
         words = ["--target-entropy", target, "--alpha", 0.2, "--learning-rate", 0.01]
         words += ["--env-id", "probes:Pointing-v0", "--log-frequency", 100]
         run("sac", *PROBE, *words, "--run-dir", tmp_path / str(target))

@@ -3,7 +3,7 @@
 import gymnasium as gym
 import pytest
 import torch
-from conftest import ON_POLICY, checkpoint, load, metrics, run, training
+from conftest import ON_POLICY, checkpoint, load, metrics, run, same, training
 
 PROBE = """--no-anneal-lr --gamma 0.9 --total-timesteps 12800 --eval-episodes 1 --no-norm-obs
 --env-kwargs {}""".split()
@@ -169,6 +169,16 @@ def test_the_learning_rate_falls_on_a_line(script, tmp_path):
     assert groups  # and not only the log
     for group in groups:
         assert group["lr"] in (pytest.approx(start / 4), pytest.approx(critic / 4))
+
+
+@pytest.mark.parametrize("script", ["a2c", "ddpg", "sac", "dqn", "double_dqn_per"])
+def test_how_often_a_run_logs_changes_no_weight(script, tmp_path):
+    """Iterations of 96 steps end at 576, but the learning rate is 0 from step 512 on."""
+    for steps in (128, 96):
+        words = ["--anneal-lr", "--log-frequency", steps, "--num-envs", 1, "--seed", 3]
+        run(script, *words, "--run-dir", tmp_path / str(steps))
+    name = {"a2c": "agent", "ddpg": "actor", "sac": "actor"}.get(script, "q_network")
+    assert same(*(checkpoint(tmp_path / folder)[name] for folder in ("128", "96")))
 
 
 @pytest.mark.parametrize("script", ["ppo_continuous", "a2c"])

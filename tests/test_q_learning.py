@@ -24,6 +24,16 @@ def make_memory(script, size, num_envs, obs_shape, stacked):
     return module.PrioritizedReplayBuffer(size, num_envs, obs_shape, stacked, alpha=0.6)
 
 
+def test_pictures_that_are_not_stacked(q_script):
+    """--env-kwargs '{"stack_num": 1}': a game's picture has a first axis of 1."""
+    memory = make_memory(q_script, 16, 2, (1, 3, 3), True)
+    for step in range(3):
+        obs = np.full((2, 1, 3, 3), step, np.uint8) + np.array([0, 10])[:, None, None, None]
+        ended = np.zeros(2, bool)
+        memory.add(obs.astype(np.uint8), np.zeros(2), np.zeros(2), obs + 1, ended, ended)
+    assert memory.frames[:6, 0, 0].tolist() == [0, 10, 1, 11, 2, 12]
+
+
 def valid(memory):
     """Indices of what can be sampled."""
     marks = memory.valid if hasattr(memory, "valid") else memory.priorities
