@@ -156,7 +156,7 @@ def peers(pairs: int, only: str) -> None:
     """The same work as peers do, in alternating runs."""
     print(f"{WORK} One thread elsewhere; median of {pairs} alternating rounds.\n")
     names = PEERS.values()
-    print(f"| | our steps/s | {' | | '.join(f'{name} steps/s' for name in names)} | |")
+    print(f"| | our steps/s | {' | '.join(f'{x} steps/s | ours / {x}' for x in names)} |")
     print("|---|---|" + "---|---|" * len(names))
     for title, row in ROWS.items():
         if only not in title:

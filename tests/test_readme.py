@@ -1,5 +1,6 @@
 """The README tells the truth: its commands run, links lead somewhere, tables are the data's."""
 
+import json
 import os
 import re
 import shlex
@@ -72,10 +73,11 @@ def test_flags_in_the_prose_exist():
         assert flag in help_text, flag
 
 
-def block(start):
+def block(start, language=""):
     """The one block of README that begins so."""
-    (found,) = [text for text in README.split("```") if text.startswith(f"\n{start}")]
-    return found
+    before = f"{language}\n"
+    (found,) = [text for text in README.split("```") if text.startswith(before + start)]
+    return found.removeprefix(language)
 
 
 def test_a_comparison_of_ones_own(tmp_path):
@@ -100,6 +102,28 @@ def test_a_comparison_of_ones_own(tmp_path):
     assert "older code" not in text and "| `my_algo.py` | steps |" in text
     assert re.search(r"\| `my_algo.py` \| `ppo_continuous.py` \| \d\.\d\d \[.*\] \| 2 \|", text)
     assert (tmp_path / "report" / "curves.pdf").exists()
+
+
+def test_a_trained_policy_in_ones_own_code(tmp_path, monkeypatch):
+    """The action is the one that evaluation begins with, from the same observation."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--env-id", "HalfCheetah-v5", "--total-timesteps", 2048, "--eval-episodes", 1]
+    run("ppo_continuous", *words, "--run-dir", "runs/cheetah", quick=False)
+    module, seen = load_file(tmp_path / "runs/cheetah/ppo_continuous.py"), []
+    evaluate = module.Run.evaluate
+
+    def look(self):
+        seen.append(self.policy(module.gym.make("HalfCheetah-v5").reset(seed=1)[0]))
+        evaluate(self)
+
+    monkeypatch.setattr(module.Run, "evaluate", look)
+    run("ppo_continuous", "--evaluate", "runs/cheetah", quick=False, module=module)
+    code = block("import sys", "python") + "print(action.tolist())\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environ()
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == pytest.approx(seen[0].tolist())
 
 
 def test_a_script_of_ones_own_fails_no_test(tmp_path):
