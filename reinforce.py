@@ -14,7 +14,7 @@ reinforcement learning". Equation and section numbers are those of the overview 
         G_t = r_t + gamma G_t+1                                          (section 2)
         A_t = G_t - b, with a constant b, or one for each t, or b = V(s_t)
         one Adam step on -mean over episodes of sum over t of log pi(a_t|s_t) A_t       (eq. 1)
-        with b = V(s_t): gradient steps on (V(s_t) - G_t)^2
+        with b = V(s_t): gradient steps on the mean of (V(s_t) - G_t)^2 / 2
 
     python reinforce.py --env-id CartPole-v1 --seed 1
     python reinforce.py --env-id HalfCheetah-v5 --seed 1
@@ -370,7 +370,7 @@ def train(args: Args) -> None:
         """Compute the gradients for the next step of the critic's optimizer."""
         values = critic(obs)
         assert values.shape == returns.shape
-        loss = nn.functional.mse_loss(values, returns)
+        loss = 0.5 * (values - returns).square().mean()
         loss.backward()
         return loss.detach()
 

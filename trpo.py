@@ -1,12 +1,12 @@
 """Trust region policy optimization (TRPO), complete in this one file.
 
 The policy gradient says in which direction to change the parameters, but not how far: a small
-change of the parameters can be a large one of the policy. TRPO limits how far the policy itself
-moves: the mean KL divergence between the old and the new policy is at most delta. For a small
-change x of the parameters, this KL is about x^T F x / 2, with the Fisher matrix F. The best
-direction is then not the gradient g but the natural gradient F^-1 g. Conjugate gradients find it
-from products of F with vectors; F itself is never computed. As all this holds only for small
-changes, a line search shortens the step until the true KL is small enough and L (below) is better.
+change of them can be a large one of the policy. TRPO limits the change of the policy itself: the
+mean KL divergence between the old and the new policy is at most delta. For a small change x of the
+parameters, this KL is about x^T F x / 2, with the Fisher matrix F. Then the best direction is not
+the gradient g but the natural gradient F^-1 g, which conjugate gradients find from products of F
+with vectors, without F itself. As all this holds only for small changes, a line search shortens the
+step until the true KL is small enough and L (below) is better.
 Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, or GAE's (arXiv:1506.02438).
 
     for each iteration:
@@ -18,7 +18,7 @@ Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, or GAE's (a
         solve (F + damping) x = g; F v = gradient of v^T (gradient of mean KL)    (appendix C.1)
         beta = sqrt(2 delta / x^T (F + damping) x), so that beta x has a KL of at most about delta
         shrink beta until L is better and the mean KL at most delta, or give up   (appendix C)
-        gradient steps of the critic on (V(s_t) - R_t)^2
+        gradient steps of the critic on the mean of (V(s_t) - R_t)^2 / 2, for random minibatches
 
     python trpo.py --env-id HalfCheetah-v5 --seed 1
 
@@ -92,8 +92,10 @@ class Args:
     """Step size for the critic at the start."""
     anneal_lr: bool = True
     """Lower --max-kl and the critic's learning rate linearly over the run, to 0 at its end."""
-    critic_steps: Count = 20
+    critic_steps: Count = 80
     """Gradient steps of the critic for each one of the policy."""
+    critic_batch_size: Count = 256
+    """Samples in a gradient step of the critic."""
     log_std_init: float = -0.5
     """Initial log std of continuous actions; their bounds here are [-1, 1]."""
 
@@ -244,8 +246,7 @@ def conjugate_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Solve A x = b from products of A with vectors; the solution and |b - A x| / |b|.
 
-    A is symmetric and positive definite. Where a direction shows that it is not (by rounding, say),
-    or where nothing is left to solve, the solution so far is returned.
+    A is symmetric and positive definite; where rounding undoes that, x so far is returned.
 
     Shapes: b (P,) -> x (P,), residual (). Source: Hestenes and Stiefel 1952, section 3.
     """
@@ -378,9 +379,8 @@ def train(args: Args) -> None:
         """Compute the gradients for the next step of the critic's optimizer."""
         values = critic(obs)
         assert values.shape == returns.shape
-        loss = nn.functional.mse_loss(values, returns)
+        loss = 0.5 * (values - returns).square().mean()
         loss.backward()
-        return loss.detach()
 
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
@@ -439,16 +439,18 @@ def train(args: Args) -> None:
 
         # 4. Update
         metrics = policy_step(normed_obs, actions, advantages, args.max_kl * remaining)
+        inputs, targets = normed_obs.flatten(0, 1), returns.flatten()
         for _ in range(args.critic_steps):
+            sampled = rng.integers(len(targets), size=args.critic_batch_size)
             critic_optimizer.zero_grad()
-            value_loss = critic_step(normed_obs, returns)
+            critic_step(inputs[sampled], targets[sampled])
             critic_optimizer.step()
         if args.norm_obs:  # last: the policy acts and learns with the same normalisation
             obs_normalizer.update(observed.flatten(0, 1).float())
 
         # 5. Log, checkpoint, evaluate
         metrics |= {
-            "losses/value_loss": value_loss,
+            "losses/value_loss": 0.5 * (values - returns).square().mean(),  # before its steps
             "losses/values": values.mean() * reward_scaler.scale,  # in units of the reward
             "losses/explained_variance": explained_variance(values, returns),
             "charts/learning_rate": critic_optimizer.param_groups[0]["lr"],
@@ -463,7 +465,7 @@ def check_args(args: Args) -> None:
     require(args, "gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
     positive = "max_kl critic_learning_rate obs_clip"
     require(args, positive, lambda x: 0 < x < math.inf, "above 0")
-    counts = "num_steps critic_steps cg_steps max_backtracks"
+    counts = "num_steps critic_steps critic_batch_size cg_steps max_backtracks"
     require(args, counts, lambda x: x >= 1, "at least 1")
     require(args, "cg_damping", lambda x: 0 <= x < math.inf, "0 or more")
     require(args, "backtrack_coef", lambda x: 0 < x < 1, "above 0 and below 1")

@@ -51,6 +51,7 @@ A2C = "--num-steps 5 --gae-lambda 1 --critic-steps 1 --no-norm-adv"
 GAMES = "--device cpu"
 FAST = " --compile --precision bfloat16"
 PPO_PONG = ("ppo.py", "ALE/Pong-v5", 12_288, 4096)
+TRPO = "--critic-steps 20 --critic-batch-size 1024"
 TRPO_CHEETAH = ("trpo.py", "HalfCheetah-v5", 81_920, 20_480)
 SMALL_REPLAY = "--buffer-size 100000 --learning-starts 1000 --log-frequency 500"
 FASTEST = SMALL_REPLAY + FAST
@@ -71,8 +72,8 @@ ROWS = {
     "A2C, HalfCheetah, --compile": Row("a2c.py", A2C + " --compile", *A2C_CHEETAH),
     "A2C, CartPole": Row("a2c.py", A2C + A2C_SMALL, *A2C_CARTPOLE),
     "A2C, CartPole, --compile": Row("a2c.py", A2C + A2C_SMALL + " --compile", *A2C_CARTPOLE),
-    "TRPO, HalfCheetah": Row("trpo.py", "", *TRPO_CHEETAH),
-    "TRPO, HalfCheetah, --compile": Row("trpo.py", "--compile", *TRPO_CHEETAH),
+    "TRPO, HalfCheetah": Row("trpo.py", TRPO, *TRPO_CHEETAH),
+    "TRPO, HalfCheetah, --compile": Row("trpo.py", f"{TRPO} --compile", *TRPO_CHEETAH),
     "SAC, HalfCheetah": Row("sac.py", SMALL_REPLAY, *SAC_CHEETAH),
     "SAC, HalfCheetah, --compile": Row("sac.py", SMALL_REPLAY + " --compile", *SAC_CHEETAH),
     "SAC, HalfCheetah, --compile, bfloat16": Row("sac.py", FASTEST, *SAC_CHEETAH),

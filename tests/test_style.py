@@ -42,7 +42,7 @@ LINES = {
     "double_dqn_per": 1227,
     "a2c": 1328,
     "reinforce": 1160,
-    "trpo": 1235,
+    "trpo": 1237,
     "ppo_atari": 1245,
 }  # in all; others at most 1140
 COMMON_FLAGS = """env_id seed total_timesteps num_envs device torch_threads compile run_dir track
