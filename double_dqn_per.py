@@ -422,10 +422,10 @@ def train(args: Args) -> None:
             terminations = terminations | ((lives < last_lives) & ~dones)
         buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
 
-        # Single steps, so that frequencies hold for any num_envs; a row needs its next one.
+        # Single steps: frequencies hold for any num_envs. One row may be lost, one has no next yet.
         for _ in range(args.num_envs):
             global_step += 1
-            learns = global_step >= args.learning_starts and buffer.filled > args.num_envs
+            learns = global_step >= args.learning_starts and buffer.filled > 2 * args.num_envs
             if learns and due(global_step, args.train_frequency):
                 # 3. Targets
                 indices, probabilities, batch = buffer.sample(args.batch_size, rng)  # B, eq. 1

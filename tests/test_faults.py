@@ -31,6 +31,7 @@ from conftest import (
     run,
     run_process,
     same,
+    training,
     without_times,
 )
 from test_resume import HUGE, RARE, start, wait_for_begin, wait_for_step
@@ -425,6 +426,17 @@ def test_an_episode_that_cannot_be_restored_leads_nowhere(script, tmp_path, monk
     last = (saved["buffer"]["next_row"] - 2).tolist()
     assert checkpoint(folder)["buffer"]["actions"][last].tolist() == [-1, -1]
     assert (saved["buffer"]["actions"][last] >= 0).all()
+
+
+@pytest.mark.parametrize("script", sorted(DISCRETE))
+def test_a_memory_of_lost_episodes_alone_is_not_sampled(script, tmp_path):
+    """Stopped after the first step of all environments, of which none could be restored."""
+    eager = ["--log-frequency", 2, "--learning-starts", 0, "--train-frequency", 1]
+    go(script, "Unseeded", tmp_path / "r", *eager, "--total-timesteps", 2)
+    words = ["--resume", tmp_path / "r", "--total-timesteps", 20]
+    done = run(script, *words, quick=False)
+    assert done.stderr.count("environment not restored") == 2
+    assert any("losses/td_loss" in line for line in training(tmp_path / "r"))
 
 
 @pytest.mark.parametrize("script", ["ppo_continuous", "a2c", "trpo"])
