@@ -513,7 +513,7 @@ def test_an_atari_run(q_script, tmp_path):
     arguments += ["--buffer-size", 2000, "--learning-starts", 1400]
     done = run(q_script, *arguments, "--run-dir", tmp_path / "r", quick=False)
     first = done.stdout.splitlines()[0]
-    assert "ALE/MsPacman-v5" in first and "paper" in first and "2,000 transitions" in first
+    assert "ALE/MsPacman-v5" in first and "published" in first and "2,000 transitions" in first
     args = json.loads((tmp_path / "r" / "args.json").read_text())["args"]
     assert args["optimizer"] == "rmsprop" and args["batch_size"] == 32
     assert args["learning_starts"] == 1400 and args["exploration_steps"] == 1_000_000

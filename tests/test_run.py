@@ -59,6 +59,11 @@ def test_run_folder(script, finished):
     }
 
 
+def varies(script, name):
+    """Whether this is a loss; but TRPO's policy loss is a mean of normalised advantages: 0."""
+    return "_loss" in name and (script, name) != ("trpo", "losses/policy_loss")
+
+
 def test_an_update_happened_and_is_logged(script, finished):
     _, folder = finished(script)
     lines = training(folder)
@@ -70,7 +75,7 @@ def test_an_update_happened_and_is_logged(script, finished):
     )
     times = [line["wall_time"] for line in lines]
     assert times == sorted(times) and times[0] > 0
-    losses = [x for line in lines for name, x in line.items() if "_loss" in name]
+    losses = [x for line in lines for name, x in line.items() if varies(script, name)]
     assert len(set(losses)) == len(losses) > 1
     assert load(script).Args and checkpoint(folder)["global_step"] == 512
 
@@ -188,7 +193,7 @@ def test_compiling_learns_the_same(script, finished, tmp_path):
         for name in line:
             if name.startswith("losses/"):
                 assert other[name] == pytest.approx(line[name], rel=0.02, abs=2e-3), name
-    losses = [x for line in eager for name, x in line.items() if "_loss" in name]
+    losses = [x for line in eager for name, x in line.items() if varies(script, name)]
     assert len(set(losses)) == len(losses) > 1
 
 
