@@ -91,7 +91,7 @@ ROWS = {
 WORK = """PPO: 8 environments x 256 steps, 10 epochs, minibatches of 64, 64-64 tanh networks,
 observations and rewards normalised, advantages computed once a rollout. A2C: 16 environments x 5
 steps, on CartPole 8 x 5 and nothing normalised, one step on both networks. TRPO: 16 x 64 steps,
-15 conjugate gradient steps, 20 of the critic on the whole batch; the peer is sb3-contrib's. SAC and
+15 conjugate gradient steps, 20 of the critic on 1,024 samples; the peer is sb3-contrib's. SAC and
 DDPG: a gradient step on 256 transitions every step, 256-256 networks. DQN, CartPole: one on 128
 every 10 steps, 120-84 network. DQN, Pong: one on 32 every 4 steps of 4 frames, network of Mnih et
 al. 2015, Adam. PPO, Pong: 8 games x 128 steps, 4 epochs, minibatches of 256, the same network, two
