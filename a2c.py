@@ -115,7 +115,7 @@ class Args:
     num_envs: Count = 16
     """Environments stepped together."""
     env_kwargs: Json = field(default_factory=dict)
-    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'; of games: AtariVectorEnv."""
+    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'; on Atari AtariVectorEnv's."""
     async_envs: bool = False
     """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
     norm_obs: bool = Default(True, atari=False)

@@ -145,7 +145,7 @@ def hidden_layers(in_dim: int) -> nn.Sequential:
 
 def mixed_precision(network: nn.Module, inputs: Tensor, bfloat16: bool) -> Tensor:
     """The network's output in float32; its layers compute in bfloat16 where asked."""
-    bfloat16 = bfloat16 and inputs.shape[-2] > 16  # converting the weights must be worth it
+    bfloat16 = bfloat16 and inputs.shape[-2] > 16  # or converting weights takes longer
     with torch.autocast("cpu" if inputs.is_meta else inputs.device.type, torch.bfloat16, bfloat16):
         outputs = network(inputs)
     return outputs.float()

@@ -126,7 +126,7 @@ class Args:
     num_envs: Count = 1
     """Environments stepped together."""
     env_kwargs: Json = field(default_factory=dict)
-    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'; of games: AtariVectorEnv."""
+    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'; on Atari AtariVectorEnv's."""
     async_envs: bool = False
     """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
     sticky_actions: float = 0.0

@@ -267,9 +267,9 @@ def conjugate_gradient(
 
 
 def largest_step_size(curvature: Tensor, max_kl: float) -> Tensor:
-    """beta for which beta^2 curvature / 2 is max_kl; with damping, the KL of beta x is below that.
+    """beta for which beta^2 curvature / 2 is max_kl; 0 if the curvature is not positive.
 
-    Shapes: curvature (), x^T (F + damping) x -> (), or 0. Source: Schulman et al. 2015, appendix C.
+    Shapes: curvature (), x^T (F + damping) x -> (). Source: Schulman et al. 2015, appendix C.
     """
     return torch.where(curvature > 0, (2 * max_kl / curvature).sqrt(), 0)
 

@@ -231,7 +231,8 @@ def readme_with_results() -> str:
     for script, rows in collected().items():
         image = f"![Learning curves of {script}.py](benchmark/results/{script}.png)"
         sources: list[str] = []
-        parts += [table(rows, sources), unfinished(rows), image, "", details(rows, sources)]
+        parts += [table(rows, sources), *([left] if (left := unfinished(rows)) else [])]
+        parts += [image, "", details(rows, sources)]
         everything += rows
     enough = [row for row in everything if len(row.done) >= FEWEST]  # to compare scripts with
     parts += [text for family in families(enough, True) if (text := comparison(family))]
@@ -240,7 +241,7 @@ def readme_with_results() -> str:
         parts += [f"Not compared, with fewer than {FEWEST} seeds: {', '.join(few)}.\n"]
     if over := [text for family in families(everything) if (text := score_table(family))]:
         parts += [*over, "![Performance profiles](benchmark/results/profiles.png)"]
-    return before + BEGIN + "\n\n" + "\n".join(part for part in parts) + "\n\n" + END + after
+    return before + BEGIN + "\n\n" + "\n".join(parts) + "\n\n" + END + after
 
 
 def write_readme() -> None:

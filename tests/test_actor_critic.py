@@ -466,6 +466,20 @@ def test_precision(script):
     assert 1e-5 < (values["bfloat16"] - values["highest"]).abs().max() < 0.01
 
 
+def test_exploration_is_the_policy_itself(sac, tmp_path):
+    """Its actions, unsquashed again, have the mean and the std that the actor says."""
+    words = ["--env-id", "probes:Probe-v0", "--total-timesteps", 1000, "--buffer-size", 1000]
+    words += ["--learning-rate", 1e-9, "--learning-starts", 1, "--updates-per-step", 0.01]
+    run("sac", *words, "--env-kwargs", "{}", "--run-dir", tmp_path / "r")
+    saved = checkpoint(tmp_path / "r")
+    actor = sac.SquashedGaussianActor(1, 1, False)
+    actor.load_state_dict(saved["actor"])
+    mean, log_std = (x.item() for x in actor(torch.zeros(1, 1)))
+    unsquashed = saved["buffer"]["rows"][10:, 1].atanh()
+    assert unsquashed.mean().item() == pytest.approx(mean, abs=0.15)
+    assert unsquashed.std().item() == pytest.approx(math.exp(log_std), rel=0.1)
+
+
 def test_evaluation_plays_the_squashed_mean(tmp_path, monkeypatch):
     """Not the mean of the Gaussian, which clipping would hide: small ones differ by little."""
     module, seen = load("sac"), []

@@ -1,10 +1,12 @@
 """What a user gets wrong: one clear line, exit code 2, nothing written, nothing lost."""
 
 import json
+import math
 import os
 import resource
 import shutil
 import subprocess
+from dataclasses import fields
 
 import pytest
 import torch
@@ -71,6 +73,17 @@ def test_bad_arguments(script, tmp_path):
             arguments = arguments.replace(f"PROBE:{name}", probe(script, name))
         refuse(script, *arguments.split(), "--run-dir", tmp_path / "r", says=says)
         assert not list(tmp_path.iterdir()), arguments
+
+
+def test_every_number_is_checked(script):
+    """Each flag of a count refuses -1, each of another number NaN, and names itself."""
+    args = load(script).Args
+    optional = [field.name for field in fields(args) if field.type == "float | None"]
+    wrong = {int: -1, float: math.nan}  # bool is neither
+    found = {name: wrong[type(x)] for name, x in vars(args()).items() if type(x) in wrong}
+    for name, value in (found | dict.fromkeys(optional, math.nan)).items():
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be"):
+            args(**{name: value})
 
 
 def test_a_refusal_in_a_process_of_its_own(tmp_path):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -437,6 +438,16 @@ def test_a_memory_of_lost_episodes_alone_is_not_sampled(script, tmp_path):
     done = run(script, *words, quick=False)
     assert done.stderr.count("environment not restored") == 2
     assert any("losses/td_loss" in line for line in training(tmp_path / "r"))
+
+
+@pytest.mark.parametrize("script", ["dqn", "double_dqn_per", "ddpg", "sac"])
+def test_a_machine_that_does_not_say_how_much_memory_is_free(script, tmp_path, monkeypatch):
+    """Linux before 3.14, and some sandboxes: the replay memory is made all the same."""
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path: "" if path == Path("/proc/meminfo") else read(path)
+    )
+    run(script, "--run-dir", tmp_path / "r", "--total-timesteps", 2)
 
 
 @pytest.mark.parametrize("script", ["ppo_continuous", "a2c", "trpo"])

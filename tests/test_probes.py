@@ -49,6 +49,20 @@ def test_constant_value(script, tmp_path):
 
 
 @each
+def test_value_loss_is_half_the_squared_error(script, tmp_path):
+    """Before the only step of the critic: every return is 1, and every observation the same."""
+    own = {
+        "ppo_continuous": ["--num-minibatches", 1, "--update-epochs", 1],
+        "a2c": ["--log-frequency", 1, "--critic-steps", 1],
+        "reinforce": ["--critic-steps", 1],
+    }
+    learn(tmp_path, "Probe", "--total-timesteps", "1", *own.get(script, []), script=script)
+    (line,) = training(tmp_path)
+    expected = 0.5 * (1 - line["losses/values"]) ** 2
+    assert line["losses/value_loss"] == pytest.approx(expected, rel=1e-4) and expected > 0.1
+
+
+@each
 def test_value_of_an_observation(script, tmp_path):
     learn(tmp_path, "ObservedValue", script=script)
     assert values(tmp_path, -1.0, 1.0, script=script) == pytest.approx([-1, 1], abs=0.1)

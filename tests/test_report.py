@@ -686,6 +686,21 @@ def test_older_code_is_marked(collected, monkeypatch):
     assert "older code" not in report.table([row], [])
 
 
+def test_the_readme_folds_sources_and_compares_from_three_seeds_on(collected, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", collected / "results")
+    for seed in (1, 2, 3):
+        results.collect(fake(collected / f"trpo{seed}", seed=seed, script="trpo.py"))
+    text = report.readme_with_results()
+    text = text[text.index(report.BEGIN) : text.index(report.END)]
+    assert "Not compared, with fewer than 3 seeds: `ppo_continuous.py` on Hopper-v5.\n" in text
+    assert "side by side" not in text
+    source, folded = text.index("[1] Hopper"), text.index("<details>")
+    assert folded < source < text.index("</details>") and " [1] |" in text[:folded]
+    results.collect(fake(collected / "run3", seed=3))
+    text = report.readme_with_results()
+    assert "side by side" in text and "Not compared" not in text
+
+
 def test_every_script_is_known():
     """Its published results would be left out without a word."""
     assert set(OURS) == rows.ALGORITHMS.keys()
