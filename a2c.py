@@ -3,15 +3,15 @@
 A policy gradient that does not wait for the end of the episode: it takes a gradient step after a
 few steps in each of many environments. The critic V serves twice: as the baseline that says which
 returns are better than expected, and as an estimate of what comes after these few steps. Mnih et
-al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438, whose lambda says how
-soon V takes over from the rewards. 1: after the last of the steps, as in the paper of Mnih et al.
-(n-step returns); 0: after one step (TD error); between them: a mixture of both.
+al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438, whose lambda says after
+how many rewards V is used. 1: after all num_steps, as in the paper of Mnih et al. (n-step returns);
+0: after one (TD error); between them: a mixture of both.
 
     for each update:
         run the policy for num_steps in each of num_envs environments
         delta_t = r_t + gamma V(s_t+1) - V(s_t)                                       (eq. 11)
         A_t = delta_t + gamma lambda A_t+1, and R_t = A_t + V(s_t)                     (eq. 16)
-        (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or of the steps)
+        (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or rollout)
         one step on the mean of -log pi(a_t|s_t) A_t + c1 (V(s_t) - R_t)^2 / 2 - c2 entropy
         critic_steps - 1 further steps on the mean of c1 (V(s_t) - R_t)^2 / 2
 
@@ -26,10 +26,10 @@ policy, and wait for all, learns at least as well, and uses processors and GPUs 
 Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
-- With vector observations: separate networks, of which the critic takes several steps on each batch
-  (the policy gradient is right only for the policy that acted; the critic's targets stay right),
-  lambda of 0.95, and observations, rewards and advantages normalised as in arXiv:2005.12729.
-- On Atari: the network of DQN (Nature, 2015), step size and clipping as in OpenAI Baselines' A2C.
+- With vector observations: separate networks, and several steps of the critic on each batch, but
+  one of the policy (its gradient is right only for the policy that acted); lambda of 0.95; and
+  observations, rewards and advantages normalised as in arXiv:2005.12729.
+- On Atari: DQN's network (Nature, 2015); Baselines' step size, clipping and 1/4 of the value loss.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ from tqdm import tqdm
 
 
 class Default:
-    """Default of a flag as (vectors, Atari). Atari values are the published ones, except as listed
-    above and total_timesteps."""
+    """Two defaults of a flag: for vectors, and for Atari (the published one, except as listed above
+    and total_timesteps)."""
 
     def __init__(self, vectors: Any, atari: Any) -> None:
         self.vectors, self.atari = vectors, atari
@@ -87,11 +87,11 @@ class Args:
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"
     """Optimizer; rmsprop in TensorFlow's form, as in OpenAI Baselines."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
-    """Matrix products in float32 (highest), faster ones (medium), bfloat16 in Atari's network."""
+    """Matrix products: float32 (highest), faster, less exact (medium), bfloat16 (Atari only)."""
     gamma: float = 0.99
     """Discount factor per environment step; 1 only where no time limit ends an episode."""
     gae_lambda: float = Default(0.95, atari=1.0)
-    """Lambda of the advantages: V takes over after 1 step (0) or the last (1); arXiv:1506.02438."""
+    """Lambda of the advantages. 0: V after one step; 1: V after the last step; arXiv:1506.02438."""
     num_steps: Count = Default(8, atari=5)
     """Steps of each environment per update."""
     critic_steps: Count = Default(10, atari=1)
@@ -105,7 +105,7 @@ class Args:
     max_grad_norm: float = 0.5
     """Largest norm of a network's gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -0.5
-    """Initial log std of continuous actions; their bounds here are [-1, 1]."""
+    """Initial log std of continuous actions, which are scaled to [-1, 1]."""
     log_frequency: Count = 2000
     """Environment steps per iteration; each iteration ends with a line of metrics."""
 
@@ -117,13 +117,13 @@ class Args:
     env_kwargs: Json = field(default_factory=dict)
     """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'; on Atari AtariVectorEnv's."""
     async_envs: bool = False
-    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
+    """One process per environment: faster if a step takes milliseconds, otherwise slower."""
     norm_obs: bool = Default(True, atari=False)
     """Normalise observations by running mean and variance (arXiv:2005.12729)."""
     obs_clip: float = 50.0
     """Clip normalised observations to [-obs_clip, obs_clip]."""
     norm_reward: bool = Default(True, atari=False)
-    """Divide rewards by the running std of the return, clip them to 10 (arXiv:2005.12729)."""
+    """Divide rewards by the running std of returns, clip to [-10, 10] (arXiv:2005.12729)."""
     sticky_actions: float = 0.0
     """Atari: probability that a frame repeats the last action. DQN papers: 0, Gymnasium: 0.25."""
     clip_rewards: bool = True
@@ -135,7 +135,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = Default(1_000_000, atari=10_000_000)
-    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
+    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = Default("cpu", atari="auto")
@@ -143,7 +143,7 @@ class Args:
     torch_threads: Count = 1
     """CPU threads of torch; small networks gain nothing from a second one."""
     compile: bool = False
-    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, is often faster."""
     track: bool = False
     """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
     wandb_project_name: str = "deep-rl"
@@ -217,7 +217,7 @@ class GaussianActor(nn.Module):
 
 
 class ValueCritic(nn.Module):
-    """State value V(s), in units of the scaled reward. Shapes: obs (..., obs_dim) -> (...)."""
+    """State value V(s), in the units of its targets. Shapes: obs (..., obs_dim) -> (...)."""
 
     def __init__(self, obs_dim: int) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ def entropy(policy: Policy) -> Tensor:
 
 
 def sample(policy: Policy, rng: Rng) -> Tensor:
-    """Random actions. Shapes: (...) or (..., action_dim)."""
+    """Actions drawn from the policy. Shapes: (...) or (..., action_dim)."""
     if isinstance(policy, tuple):
         mean, log_std = policy
         noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32)).to(mean.device)
@@ -405,7 +405,7 @@ def train(args: Args) -> None:
             if dones.any():
                 ended = infos["final_info"]
                 run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
-            if truncations.any():  # obs is already the next episode's first there
+            if truncations.any():  # there, obs already begins a new episode
                 final_obs = np.stack(infos["final_obs"][truncations])
                 with torch.no_grad():
                     cut_values[truncations] = agent(to_network(final_obs))[1]
@@ -420,16 +420,16 @@ def train(args: Args) -> None:
 
         # 3. Targets
         stacked = stack_steps(steps, device)
-        observed, actions, values, rewards, terminations, dones, cut_values = stacked
+        observed, actions, values, rewards, terminations, ends, cut_values = stacked
         if args.norm_reward:
-            reward_scaler.observe(rewards, dones)
+            reward_scaler.observe(rewards, ends)
             rewards = reward_scaler(rewards)
         with torch.no_grad():
             _, last_values = agent(to_network(obs))
         next_values = torch.cat([values[1:], last_values[None]])  # V(s_t+1)
-        next_values = torch.where(dones > 0, cut_values, next_values)
+        next_values = torch.where(ends > 0, cut_values, next_values)
         advantages = compute_gae(  # eq. 11, 16
-            rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
+            rewards, values, next_values, terminations, ends, args.gamma, args.gae_lambda
         )
         returns = advantages + values
         metrics = {
@@ -441,20 +441,20 @@ def train(args: Args) -> None:
         if args.norm_adv and batch_size > 1:  # the std of one sample is not defined
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         batch = to_network(observed), actions, advantages, returns
-        batch = [x.flatten(0, 1) for x in batch]
+        inputs, actions, advantages, targets = (x.flatten(0, 1) for x in batch)
         optimizer.zero_grad()
-        update_metrics.append(metrics | gradient_step(*batch))
+        update_metrics.append(metrics | gradient_step(inputs, actions, advantages, targets))
         optimizer.step()
         for _ in range(args.critic_steps - 1):
             optimizer.zero_grad()
-            critic_step(batch[0], batch[3])
+            critic_step(inputs, targets)
             optimizer.step()
-        if args.norm_obs:  # last: the policy acts and learns with the same normalisation
+        if args.norm_obs:  # last, so that acting and learning use the same normalisation
             obs_normalizer.update(observed.flatten(0, 1).float())
 
         # 5. Log, checkpoint, evaluate
         finite = update_metrics[-1]["losses/policy_loss"].isfinite()
-        if due(global_step, iteration_steps) or not finite:  # then end_iteration ends the run
+        if due(global_step, iteration_steps) or not finite:  # if it is not, the run ends
             metrics = {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
             for name in update_metrics[0]:
                 metrics[name] = torch.stack([x[name] for x in update_metrics]).mean().item()
@@ -518,18 +518,18 @@ class AtariActorCritic(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Policy, Tensor]:
         obs = obs.to(self.dtype, memory_format=torch.channels_last) / 255
-        with torch.autocast("cpu" if obs.is_meta else obs.device.type, self.dtype, self.bfloat16):
+        with torch.autocast(obs.device.type, self.dtype, self.bfloat16):
             hidden = self.hidden(obs)
         hidden = hidden.float()
         return self.logits(hidden), self.value(hidden).squeeze(-1)
 
 
 def make_agent(args: Args, obs_shape: tuple[int, ...], to_env: Any) -> nn.Module:
-    """The networks for what is observed and done, in the precision that was asked for."""
+    """The networks that fit the observations and actions, in the chosen precision."""
     torch.set_float32_matmul_precision("medium" if args.precision == "medium" else "highest")
     if args.atari:
         if args.critic_steps > 1 or args.norm_obs:
-            stop("error: on Atari one network sees bytes: use --critic-steps 1 and --no-norm-obs")
+            stop("error: on Atari, --critic-steps must be 1, and --no-norm-obs is needed")
         return AtariActorCritic(obs_shape[0], to_env.num_actions, args.precision == "bfloat16")
     if isinstance(to_env, ActionNumbers):
         actor = CategoricalActor(*obs_shape, to_env.num_actions)
@@ -556,7 +556,7 @@ def make_optimizer(args: Args, agent: nn.Module) -> torch.optim.Optimizer:
 class RMSpropTF(torch.optim.Optimizer):
     """RMSProp as in TensorFlow: the mean square of gradients starts at 1, epsilon is in the root.
 
-    Gradients are smaller than 1, so that the first steps are short. A parameter without a gradient
+    As clipped gradients are below 1, the first steps are short. A parameter without a gradient
     stays as it is. Source: tensorflow.org, tf.compat.v1.train.RMSPropOptimizer.
     """
 
@@ -627,7 +627,7 @@ class ObsNormalizer(RunningMoments):
 
 
 class RewardScaler(RunningMoments):
-    """Divides rewards by the running std of the discounted return, then clips them to 10.
+    """Divides rewards by the running std of discounted returns, then clips to [-10, 10].
 
     Subtracting a mean would change which behaviour is best. Shapes: rewards (T, N) -> the same.
     """
@@ -657,13 +657,13 @@ def make_envs(args: Args) -> VectorEnv:
     """`num_envs` environments. One whose episode ends is reset in the same step."""
 
     def env_fn() -> gym.Env:
-        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+        if apart and multiprocessing.parent_process():  # all get signals; the parent decides
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+                signal.signal(number, lambda *_: None)  # programs it starts would keep SIG_IGN
         return make_env(args)
 
     apart = args.async_envs and not args.evaluate
-    if apart:  # the signal with which Python ends its children would not end them
+    if apart:  # Python ends its children by SIGTERM, which they ignore
         atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
     together = ParallelGames if args.atari else SyncVectorEnv
     vector_env = AsyncVectorEnv if apart else together
@@ -753,12 +753,12 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def count_lives(args: Args, envs: VectorEnv) -> np.ndarray:
-    """Lives that are left in each game; 0 in what is none. Shapes: (num_envs,)."""
+    """Lives that are left in each game; 0 if not on Atari. Shapes: (num_envs,)."""
     return np.array(envs.get_attr("lives") if args.atari else [0] * args.num_envs)
 
 
 class ActionNumbers:
-    """Numbers the actions of a Discrete space. Shapes: tensor (...) from 0 -> array from start."""
+    """Shifts actions that count from 0 to a Discrete space's start. Shapes: tensor -> array."""
 
     def __init__(self, space: gym.spaces.Discrete) -> None:
         self.num_actions, self.start = int(space.n), int(space.start)
@@ -781,7 +781,7 @@ class ActionScaler:
     def __call__(self, actions: Tensor) -> np.ndarray:
         unscaled = actions.cpu().numpy()
         if not np.isfinite(unscaled).all():
-            stop("error: the policy's action is not finite; the last checkpoint is kept", 3)
+            stop("error: the policy's action is not finite; any checkpoint is kept", 3)
         low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
@@ -796,7 +796,7 @@ class ActionScaler:
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
 LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
-LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
+LONGEST_EPISODE = 50_000  # most steps that a resume repeats or an evaluation plays
 
 
 def parse_count(text: str) -> int:
@@ -808,13 +808,11 @@ def parse_count(text: str) -> int:
 
 def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
     """Annotation of a flag that is read by `parse` and printed by `show`."""
-    return Annotated[
-        kind,
-        tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
-            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
-        ),
-    ]
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+        is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+    )
+    return Annotated[kind, spec]
 
 
 Count = flag_type(int, "INT", parse_count, "{:_}".format)
@@ -842,7 +840,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
+    """Read the command line; --resume and --evaluate allow no change but to what is `free`."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment
@@ -873,7 +871,7 @@ def parse_args(args_class: type) -> Any:
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
-    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended its reader, such as tee
         tqdm.write(message, file=sys.stderr)
     sys.exit(code)
 
@@ -921,7 +919,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def making(args: Any) -> Iterator[None]:
-    """Turn what keeps an environment from being made into a one-line exit."""
+    """If the environment cannot be made, end with one line that says why."""
     try:
         yield
     except Exception as error:  # environments refuse --env-kwargs in many ways
@@ -932,7 +930,7 @@ def making(args: Any) -> Iterator[None]:
 
 
 def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
-    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    """The environment with flat vectors as observations. Pictures and texts are refused."""
     space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
     numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
     parts = {"it": space}
@@ -983,7 +981,7 @@ class ReplayableEnv(gym.Wrapper):
 
     @property
     def snapshot(self) -> dict[str, np.ndarray]:
-        """What restores the environment; setting it does so."""
+        """The saved state; assigning one restores it."""
         return {name: np.array(getattr(self, name)) for name in self.SAVED}
 
     @snapshot.setter
@@ -1003,7 +1001,7 @@ class ReplayableEnv(gym.Wrapper):
 
 
 def close(envs: gym.Env | VectorEnv) -> None:
-    """Close environments, once. An error in that costs a line, not the run."""
+    """Close environments, once. An error in closing is only a warning."""
     if not getattr(envs, "closed", False):
         for env in getattr(envs, "envs", [envs]):
             try:  # without waiting for a process that is dead or in the middle of a step
@@ -1014,9 +1012,9 @@ def close(envs: gym.Env | VectorEnv) -> None:
 
 
 class Run:
-    """A run and its folder. Knows nothing of the algorithm.
+    """A run and its folder. It depends on no algorithm.
 
-    `state` names everything else that must survive a kill; each part has state_dict() and
+    `state` names all else that a checkpoint must hold; each part has state_dict() and
     load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
     `policy` maps one observation to the deterministic action.
     """
@@ -1043,10 +1041,6 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
-    @property
-    def finished(self) -> bool:
-        return self.global_step >= self.args.total_timesteps
-
     def again(self, flag: str = "--resume") -> str:
         """A command that can be pasted anywhere."""
         return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
@@ -1072,11 +1066,11 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn a write error into a one-line exit; complete files stay intact."""
+        """If writing fails, end with one line; complete files stay intact."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-            way_out = f"make room, then {self.again()}, or name another --run-dir"
+            way_out = f"free space, then {self.again()}, or name another --run-dir"
             stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
 
     def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
@@ -1175,7 +1169,7 @@ class Run:
         self.wandb.define_metric("*", step_metric="global_step")
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        """Note the first signal. A repeat within 2 s is ignored; a later signal ends at once."""
         if self.signal and time.monotonic() > self.signal_time + 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -1195,12 +1189,12 @@ class Run:
         snapshots = self.envs.get_attr("snapshot")
         checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
         checkpoint |= {name: getattr(self, name) for name in self.SAVED}
-        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
+        checkpoint["torch_rng"] = torch.get_rng_state()  # for copies of this script that use it
         with self.writing():
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def restore(self) -> int:
-        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
+        """Load the checkpoint; --evaluate omits TRAINING_ONLY parts. Returns its global step."""
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
             return 0  # killed before its first checkpoint
@@ -1222,6 +1216,7 @@ class Run:
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log; save and evaluate where it is due; end the run if a signal asked for it."""
         previous, self.global_step = self.global_step, global_step
+        finished = global_step >= self.args.total_timesteps
 
         def passed(frequency: int) -> bool:
             return frequency > 0 and global_step // frequency > previous // frequency
@@ -1238,23 +1233,22 @@ class Run:
         metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
         self.result = {}
-        self.eval_due = passed(self.args.eval_frequency) and not self.finished
-        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        self.eval_due = passed(self.args.eval_frequency) and not finished
+        due = finished or self.eval_due or passed(self.args.checkpoint_frequency)
         if saved := bool(due or self.signal):
             self.save_checkpoint()  # first, as evaluations take long and environments fail
         self.show_progress(metrics["charts/SPS"])
         if self.eval_due:
             self.evaluate()
-        if saved and not self.finished:
+        if saved and not finished:
             self.stop_if_asked()
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""
         bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
-            if not name.endswith(self.TRAINING_ONLY):
-                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
-                bad += [name for tensor in tensors if not tensor.isfinite().all()]
+            tensors = () if name.endswith(self.TRAINING_ONLY) else part.state_dict().values()
+            bad += [name for x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
             kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
             stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)

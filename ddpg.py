@@ -1,7 +1,7 @@
 """Deep deterministic policy gradient (DDPG), complete in this one file.
 
 Q-learning takes the action with the largest Q, which cannot be searched for among infinitely many
-actions. DDPG learns a second network that answers this question: the actor mu, whose parameters
+actions. DDPG learns a second network that outputs this action: the actor mu, whose parameters
 are moved along the gradient of Q(s, mu(s)). Both learn from a replay memory of past transitions,
 with target networks that follow them slowly. As mu is deterministic, exploration is noise that is
 added to its actions. Lillicrap et al. 2016, arXiv:1509.02971; equation numbers are theirs.
@@ -10,7 +10,7 @@ added to its actions. Lillicrap et al. 2016, arXiv:1509.02971; equation numbers 
         act with a = mu(s) + noise, at first at random                          (eq. 7)
         store (s, a, r, s', whether the task ended)
         after learning_starts steps, for each of updates_per_step random minibatches:
-            y = r + gamma Q'(s', mu'(s')), or r where the task ended            (eq. 5)
+            y = r + gamma Q'(s', mu'(s')), or r where the task ended            (Algorithm 1)
             one Adam step of Q on the mean of (Q(s, a) - y)^2                   (eq. 4)
             one Adam step of mu on the mean of -Q(s, mu(s))                     (eq. 6)
             move the targets Q' and mu' towards Q and mu by the share tau       (Algorithm 1)
@@ -19,9 +19,9 @@ added to its actions. Lillicrap et al. 2016, arXiv:1509.02971; equation numbers 
 
 Deviations from the paper:
 - Only the end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
-- Two hidden layers of 256 units with PyTorch's initialisation in both networks, the action enters
-  in the first layer, no batch normalisation, no weight decay, minibatches of 256, an actor and
-  targets that learn faster: as in most later work, which does better so (arXiv:1802.09477).
+- Two hidden layers of 256 units with PyTorch's initialisation and minibatches of 256, as in SAC
+  (arXiv:1812.05905); the action enters in the first layer, no batch normalisation or weight decay,
+  faster learning of actor and targets, as in later work, which does better (arXiv:1802.09477).
 - The noise is Gaussian; --noise ou --noise-std 0.38 is the paper's Ornstein-Uhlenbeck process.
   Noise that changes slowly gains nothing on today's tasks (arXiv:1802.09477).
 - Actions are random at first, so that the replay memory does not begin with one useless policy.
@@ -69,7 +69,7 @@ class Args:
     anneal_lr: bool = False
     """Lower the learning rates linearly over the run, to 0 at its end."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
-    """Matrix products in float32 (highest), faster ones (medium), bfloat16 in hidden layers."""
+    """Matrix products: float32 (highest), faster, less exact (medium), bfloat16 (hidden layers)."""
     gamma: float = 0.99
     """Discount factor per environment step; 1 only where no time limit ends an episode."""
     buffer_size: Count = 1_000_000
@@ -81,7 +81,7 @@ class Args:
     batch_size: Count = 256
     """Transitions per gradient step."""
     tau: float = 0.005
-    """How far the target network moves to the other: 1 copies it, less is Polyak averaging."""
+    """Share by which a target network moves to the trained one: 1 copies it, less averages."""
     noise: Literal["gaussian", "ou"] = "gaussian"
     """New noise for every action, or noise that changes slowly (Ornstein-Uhlenbeck)."""
     noise_std: float = 0.1
@@ -97,13 +97,13 @@ class Args:
     env_kwargs: Json = field(default_factory=dict)
     """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
     async_envs: bool = False
-    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
+    """One process per environment: faster if a step takes milliseconds, otherwise slower."""
 
     # Run
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = 1_000_000
-    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
+    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
@@ -111,7 +111,7 @@ class Args:
     torch_threads: Count = 1
     """CPU threads of torch; small networks gain nothing from a second one."""
     compile: bool = False
-    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, is often faster."""
     track: bool = False
     """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
     wandb_project_name: str = "deep-rl"
@@ -145,8 +145,8 @@ def hidden_layers(in_dim: int) -> nn.Sequential:
 
 def mixed_precision(network: nn.Module, inputs: Tensor, bfloat16: bool) -> Tensor:
     """The network's output in float32; its layers compute in bfloat16 where asked."""
-    bfloat16 = bfloat16 and inputs.shape[-2] > 16  # or converting weights takes longer
-    with torch.autocast("cpu" if inputs.is_meta else inputs.device.type, torch.bfloat16, bfloat16):
+    bfloat16 = bfloat16 and inputs.shape[-2] > 16  # else converting weights costs more
+    with torch.autocast(inputs.device.type, torch.bfloat16, bfloat16):
         outputs = network(inputs)
     return outputs.float()
 
@@ -188,7 +188,7 @@ def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma:
 
 
 class ActionNoise:
-    """Noise for the actions of each environment, with mean 0 and, some steps on, the given std.
+    """Noise for the actions of each environment, with mean 0 and, after some steps, the given std.
 
     Each value is the last one times 1 - theta, plus Gaussian noise (an Ornstein-Uhlenbeck process
     in steps of 1). theta = 1 makes all values independent. Shapes: values (num_envs, action_dim).
@@ -289,7 +289,7 @@ def train(args: Args) -> None:
     def compute_targets(rewards, next_obs, terminations):
         """What Q of the transitions should be."""
         next_values = target_critic(next_obs, target_actor(next_obs))
-        return td_target(rewards, terminations, next_values, args.gamma)  # eq. 5
+        return td_target(rewards, terminations, next_values, args.gamma)  # Algorithm 1
 
     def critic_step(obs, actions, targets):
         """Compute the gradients for the next step of the critic's optimizer."""
@@ -336,7 +336,7 @@ def train(args: Args) -> None:
         obs, rewards, terminations, truncations, infos = envs.step(scaled)
         global_step += args.num_envs
         dones = terminations | truncations
-        next_obs = obs.copy()  # where an episode ended, obs is already the next one's first
+        next_obs = obs.copy()  # where an episode ended, obs already begins a new one
         if dones.any():
             next_obs[dones] = np.stack(infos["final_obs"][dones])
             ended = infos["final_info"]
@@ -366,7 +366,7 @@ def train(args: Args) -> None:
 
         # 5. Log, checkpoint, evaluate
         finite = not update_metrics or update_metrics[-1]["losses/critic_loss"].isfinite()
-        if due(global_step, iteration_steps) or not finite:  # then end_iteration ends the run
+        if due(global_step, iteration_steps) or not finite:  # if it is not, the run ends
             metrics = {"charts/learning_rate": actor_optimizer.param_groups[0]["lr"]}
             metrics["charts/updates_per_step"] = len(update_metrics) / iteration_steps
             for name in update_metrics[0] if update_metrics else ():
@@ -407,7 +407,7 @@ def due(step: int, frequency: int) -> bool:
 def make_networks(
     args: Args, obs_dim: int, action_dim: int, device: torch.device
 ) -> list[nn.Module]:
-    """Actor and critic, in the precision that was asked for."""
+    """Actor and critic, in the chosen precision."""
     torch.set_float32_matmul_precision("medium" if args.precision == "medium" else "highest")
     dims = obs_dim, action_dim, args.precision == "bfloat16"
     networks = DeterministicActor(*dims), QCritic(*dims)
@@ -427,7 +427,7 @@ def make_buffer(args: Args, obs_dim: int, action_dim: int) -> TransitionBuffer:
     """The replay memory. One that will not fit is refused now, not hours later when it fills."""
     row, free = TransitionBuffer(1, obs_dim, action_dim).rows, math.inf
     gigabytes = args.buffer_size * row.nbytes / 1e9
-    with contextlib.suppress(OSError, IndexError):  # only Linux tells
+    with contextlib.suppress(OSError, IndexError):  # only on Linux
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
     if args.learning_starts > args.total_timesteps and not args.evaluate:
@@ -445,13 +445,13 @@ def make_envs(args: Args) -> VectorEnv:
     """`num_envs` environments. One whose episode ends is reset in the same step."""
 
     def env_fn() -> gym.Env:
-        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+        if apart and multiprocessing.parent_process():  # all get signals; the parent decides
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+                signal.signal(number, lambda *_: None)  # programs it starts would keep SIG_IGN
         return make_env(args)
 
     apart = args.async_envs and not args.evaluate
-    if apart:  # the signal with which Python ends its children would not end them
+    if apart:  # Python ends its children by SIGTERM, which they ignore
         atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
     vector_env = AsyncVectorEnv if apart else SyncVectorEnv
     envs = vector_env([env_fn] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -488,7 +488,7 @@ class ActionScaler:
     def __call__(self, actions: Tensor) -> np.ndarray:
         unscaled = actions.cpu().numpy()
         if not np.isfinite(unscaled).all():
-            stop("error: the policy's action is not finite; the last checkpoint is kept", 3)
+            stop("error: the policy's action is not finite; any checkpoint is kept", 3)
         low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
@@ -503,7 +503,7 @@ class ActionScaler:
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
 LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
-LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
+LONGEST_EPISODE = 50_000  # most steps that a resume repeats or an evaluation plays
 
 
 def parse_count(text: str) -> int:
@@ -515,13 +515,11 @@ def parse_count(text: str) -> int:
 
 def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
     """Annotation of a flag that is read by `parse` and printed by `show`."""
-    return Annotated[
-        kind,
-        tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
-            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
-        ),
-    ]
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+        is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+    )
+    return Annotated[kind, spec]
 
 
 Count = flag_type(int, "INT", parse_count, "{:_}".format)
@@ -549,7 +547,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
+    """Read the command line; --resume and --evaluate allow no change but to what is `free`."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment
@@ -580,7 +578,7 @@ def parse_args(args_class: type) -> Any:
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
-    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended its reader, such as tee
         tqdm.write(message, file=sys.stderr)
     sys.exit(code)
 
@@ -628,7 +626,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def making(args: Any) -> Iterator[None]:
-    """Turn what keeps an environment from being made into a one-line exit."""
+    """If the environment cannot be made, end with one line that says why."""
     try:
         yield
     except Exception as error:  # environments refuse --env-kwargs in many ways
@@ -639,7 +637,7 @@ def making(args: Any) -> Iterator[None]:
 
 
 def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
-    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    """The environment with flat vectors as observations. Pictures and texts are refused."""
     space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
     numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
     parts = {"it": space}
@@ -690,7 +688,7 @@ class ReplayableEnv(gym.Wrapper):
 
     @property
     def snapshot(self) -> dict[str, np.ndarray]:
-        """What restores the environment; setting it does so."""
+        """The saved state; assigning one restores it."""
         return {name: np.array(getattr(self, name)) for name in self.SAVED}
 
     @snapshot.setter
@@ -710,7 +708,7 @@ class ReplayableEnv(gym.Wrapper):
 
 
 def close(envs: gym.Env | VectorEnv) -> None:
-    """Close environments, once. An error in that costs a line, not the run."""
+    """Close environments, once. An error in closing is only a warning."""
     if not getattr(envs, "closed", False):
         for env in getattr(envs, "envs", [envs]):
             try:  # without waiting for a process that is dead or in the middle of a step
@@ -721,9 +719,9 @@ def close(envs: gym.Env | VectorEnv) -> None:
 
 
 class Run:
-    """A run and its folder. Knows nothing of the algorithm.
+    """A run and its folder. It depends on no algorithm.
 
-    `state` names everything else that must survive a kill; each part has state_dict() and
+    `state` names all else that a checkpoint must hold; each part has state_dict() and
     load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
     `policy` maps one observation to the deterministic action.
     """
@@ -750,10 +748,6 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
-    @property
-    def finished(self) -> bool:
-        return self.global_step >= self.args.total_timesteps
-
     def again(self, flag: str = "--resume") -> str:
         """A command that can be pasted anywhere."""
         return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
@@ -779,11 +773,11 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn a write error into a one-line exit; complete files stay intact."""
+        """If writing fails, end with one line; complete files stay intact."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-            way_out = f"make room, then {self.again()}, or name another --run-dir"
+            way_out = f"free space, then {self.again()}, or name another --run-dir"
             stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
 
     def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
@@ -882,7 +876,7 @@ class Run:
         self.wandb.define_metric("*", step_metric="global_step")
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        """Note the first signal. A repeat within 2 s is ignored; a later signal ends at once."""
         if self.signal and time.monotonic() > self.signal_time + 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -902,12 +896,12 @@ class Run:
         snapshots = self.envs.get_attr("snapshot")
         checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
         checkpoint |= {name: getattr(self, name) for name in self.SAVED}
-        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
+        checkpoint["torch_rng"] = torch.get_rng_state()  # for copies of this script that use it
         with self.writing():
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def restore(self) -> int:
-        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
+        """Load the checkpoint; --evaluate omits TRAINING_ONLY parts. Returns its global step."""
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
             return 0  # killed before its first checkpoint
@@ -929,6 +923,7 @@ class Run:
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log; save and evaluate where it is due; end the run if a signal asked for it."""
         previous, self.global_step = self.global_step, global_step
+        finished = global_step >= self.args.total_timesteps
 
         def passed(frequency: int) -> bool:
             return frequency > 0 and global_step // frequency > previous // frequency
@@ -945,23 +940,22 @@ class Run:
         metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
         self.result = {}
-        self.eval_due = passed(self.args.eval_frequency) and not self.finished
-        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        self.eval_due = passed(self.args.eval_frequency) and not finished
+        due = finished or self.eval_due or passed(self.args.checkpoint_frequency)
         if saved := bool(due or self.signal):
             self.save_checkpoint()  # first, as evaluations take long and environments fail
         self.show_progress(metrics["charts/SPS"])
         if self.eval_due:
             self.evaluate()
-        if saved and not self.finished:
+        if saved and not finished:
             self.stop_if_asked()
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""
         bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
-            if not name.endswith(self.TRAINING_ONLY):
-                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
-                bad += [name for tensor in tensors if not tensor.isfinite().all()]
+            tensors = () if name.endswith(self.TRAINING_ONLY) else part.state_dict().values()
+            bad += [name for x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
             kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
             stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)

@@ -28,7 +28,7 @@ Deviations from the papers:
 - The tuned network of (A) shares one bias between all actions; this one does not.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss, which does not clip large errors.
-- FIRE is pressed before no-ops and after lost lives. Epsilon falls at once. Evaluation is greedy.
+- FIRE comes before no-ops and after lost lives. Epsilon falls from step 1. Evaluation is greedy.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ from tqdm import tqdm
 
 
 class Default:
-    """Default of a flag as (vectors, Atari). Atari values are the published ones, except as listed
-    above and total_timesteps."""
+    """Two defaults of a flag: for vectors, and for Atari (the published one, except as listed above
+    and total_timesteps)."""
 
     def __init__(self, vectors: Any, atari: Any) -> None:
         self.vectors, self.atari = vectors, atari
@@ -96,7 +96,7 @@ class Args:
     loss: Literal["huber", "squared"] = Default("squared", atari="huber")
     """Loss of the TD error; the gradient of huber is the error clipped to [-1, 1]."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
-    """Matrix products in float32 (highest), faster ones (medium), bfloat16 in Atari's network."""
+    """Matrix products: float32 (highest), faster, less exact (medium), bfloat16 (Atari only)."""
     gamma: float = 0.99
     """Discount factor per environment step; 1 only where no time limit ends an episode."""
     buffer_size: Count = Default(50_000, atari=1_000_000)
@@ -110,7 +110,7 @@ class Args:
     target_frequency: Count = Default(4, atari=30_000)
     """Environment steps between updates of the target network."""
     tau: float = Default(0.01, atari=1.0)
-    """How far the target network moves to the other: 1 copies it, less is Polyak averaging."""
+    """Share by which a target network moves to the trained one: 1 copies it, less averages."""
     epsilon_start: float = 1.0
     """Probability of a random action at the start."""
     epsilon_end: float = Default(0.05, atari=0.01)
@@ -128,7 +128,7 @@ class Args:
     env_kwargs: Json = field(default_factory=dict)
     """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'; on Atari AtariVectorEnv's."""
     async_envs: bool = False
-    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
+    """One process per environment: faster if a step takes milliseconds, otherwise slower."""
     sticky_actions: float = 0.0
     """Atari: probability that a frame repeats the last action. DQN papers: 0, Gymnasium: 0.25."""
     clip_rewards: bool = True
@@ -140,7 +140,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = Default(500_000, atari=10_000_000)
-    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
+    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = Default("cpu", atari="auto")
@@ -148,7 +148,7 @@ class Args:
     torch_threads: Count = 1
     """CPU threads of torch; small networks gain nothing from a second one."""
     compile: bool = False
-    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, is often faster."""
     track: bool = False
     """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
     wandb_project_name: str = "deep-rl"
@@ -208,7 +208,7 @@ class AtariQNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         obs = obs.to(self.dtype, memory_format=torch.channels_last) / 255
-        with torch.autocast("cpu" if obs.is_meta else obs.device.type, self.dtype, self.bfloat16):
+        with torch.autocast(obs.device.type, self.dtype, self.bfloat16):
             hidden = self.hidden(obs)
         return self.last(hidden.float())
 
@@ -263,7 +263,7 @@ class PrioritizedReplayBuffer:
         2    a2     -1      2                                  no: the last frame of a, no action
         3    b0     1       0    .  .  .  b0    .  .  b0 b1    yes
         4    b1     3       1    .  .  b0 b1                   no: the next frame is to come
-        5-7  old                                               no: begin in a lost frame; 8: yes
+        5-7  old                                               no: older frames are lost; 8: yes
 
     `ages` count the earlier frames of the episode, up to the size of a stack; frames from
     before it are read as 0 (dots). A terminated episode needs no row for its last observation.
@@ -410,7 +410,7 @@ def train(args: Args) -> None:
         last_obs = obs
         obs, rewards, terminations, truncations, infos = envs.step(actions + first_action)
         dones = terminations | truncations
-        next_obs = obs.copy()  # where an episode ended, obs is already the next one's first
+        next_obs = obs.copy()  # where an episode ended, obs already begins a new one
         if dones.any():
             next_obs[dones] = np.stack(infos["final_obs"][dones])
             ended = infos["final_info"]
@@ -422,7 +422,7 @@ def train(args: Args) -> None:
             terminations = terminations | ((lives < last_lives) & ~dones)
         buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
 
-        # Single steps: frequencies hold for any num_envs. One row may be lost, one has no next yet.
+        # Single steps, so that frequencies hold for any num_envs. Two rows of each may be unusable.
         for _ in range(args.num_envs):
             global_step += 1
             learns = global_step >= args.learning_starts and buffer.filled > 2 * args.num_envs
@@ -536,7 +536,7 @@ def due(step: int, frequency: int) -> bool:
 
 
 def make_q_network(args: Args, obs_shape: tuple[int, ...], num_actions: int) -> nn.Module:
-    """The network for what is observed, in the precision that was asked for."""
+    """The network that fits the observations, in the chosen precision."""
     torch.set_float32_matmul_precision("medium" if args.precision == "medium" else "highest")
     if args.atari:
         return AtariQNetwork(obs_shape, num_actions, args.precision == "bfloat16")
@@ -568,13 +568,13 @@ def make_envs(args: Args) -> VectorEnv:
     """`num_envs` environments. One whose episode ends is reset in the same step."""
 
     def env_fn() -> gym.Env:
-        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+        if apart and multiprocessing.parent_process():  # all get signals; the parent decides
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+                signal.signal(number, lambda *_: None)  # programs it starts would keep SIG_IGN
         return make_env(args)
 
     apart = args.async_envs and not args.evaluate
-    if apart:  # the signal with which Python ends its children would not end them
+    if apart:  # Python ends its children by SIGTERM, which they ignore
         atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
     together = ParallelGames if args.atari else SyncVectorEnv
     vector_env = AsyncVectorEnv if apart else together
@@ -662,13 +662,13 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def end_episodes(buffer: Any, lost: np.ndarray) -> None:
-    """Leave out the newest transitions of environments whose next row begins an episode."""
+    """Never sample the newest transition of a lost episode: it has no next observation."""
     buffer.actions[buffer.next_row[lost] - buffer.num_envs] = -1
     buffer.next_age[lost] = 0
 
 
 def count_lives(args: Args, envs: VectorEnv) -> np.ndarray:
-    """Lives that are left in each game; 0 in what is none. Shapes: (num_envs,)."""
+    """Lives that are left in each game; 0 if not on Atari. Shapes: (num_envs,)."""
     return np.array(envs.get_attr("lives") if args.atari else [0] * args.num_envs)
 
 
@@ -678,7 +678,7 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> PrioritizedReplayBuff
     small = PrioritizedReplayBuffer(1000, 1, obs_shape, args.atari, alpha)
     gigabytes = args.buffer_size / 1e12 * sum(getattr(small, x).nbytes for x in small.ARRAYS)
     memory, free = f"{args.buffer_size:,} transitions in {gigabytes:.1f} GB", math.inf
-    with contextlib.suppress(OSError, IndexError):  # only Linux tells
+    with contextlib.suppress(OSError, IndexError):  # only on Linux
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
     if args.learning_starts > args.total_timesteps and not args.evaluate:
@@ -695,7 +695,7 @@ def make_buffer(args: Args, obs_shape: tuple[int, ...]) -> PrioritizedReplayBuff
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
 LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
-LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
+LONGEST_EPISODE = 50_000  # most steps that a resume repeats or an evaluation plays
 
 
 def parse_count(text: str) -> int:
@@ -707,13 +707,11 @@ def parse_count(text: str) -> int:
 
 def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
     """Annotation of a flag that is read by `parse` and printed by `show`."""
-    return Annotated[
-        kind,
-        tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
-            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
-        ),
-    ]
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+        is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+    )
+    return Annotated[kind, spec]
 
 
 Count = flag_type(int, "INT", parse_count, "{:_}".format)
@@ -741,7 +739,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
+    """Read the command line; --resume and --evaluate allow no change but to what is `free`."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment
@@ -772,7 +770,7 @@ def parse_args(args_class: type) -> Any:
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
-    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended its reader, such as tee
         tqdm.write(message, file=sys.stderr)
     sys.exit(code)
 
@@ -820,7 +818,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def making(args: Any) -> Iterator[None]:
-    """Turn what keeps an environment from being made into a one-line exit."""
+    """If the environment cannot be made, end with one line that says why."""
     try:
         yield
     except Exception as error:  # environments refuse --env-kwargs in many ways
@@ -831,7 +829,7 @@ def making(args: Any) -> Iterator[None]:
 
 
 def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
-    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    """The environment with flat vectors as observations. Pictures and texts are refused."""
     space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
     numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
     parts = {"it": space}
@@ -882,7 +880,7 @@ class ReplayableEnv(gym.Wrapper):
 
     @property
     def snapshot(self) -> dict[str, np.ndarray]:
-        """What restores the environment; setting it does so."""
+        """The saved state; assigning one restores it."""
         return {name: np.array(getattr(self, name)) for name in self.SAVED}
 
     @snapshot.setter
@@ -902,7 +900,7 @@ class ReplayableEnv(gym.Wrapper):
 
 
 def close(envs: gym.Env | VectorEnv) -> None:
-    """Close environments, once. An error in that costs a line, not the run."""
+    """Close environments, once. An error in closing is only a warning."""
     if not getattr(envs, "closed", False):
         for env in getattr(envs, "envs", [envs]):
             try:  # without waiting for a process that is dead or in the middle of a step
@@ -913,9 +911,9 @@ def close(envs: gym.Env | VectorEnv) -> None:
 
 
 class Run:
-    """A run and its folder. Knows nothing of the algorithm.
+    """A run and its folder. It depends on no algorithm.
 
-    `state` names everything else that must survive a kill; each part has state_dict() and
+    `state` names all else that a checkpoint must hold; each part has state_dict() and
     load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
     `policy` maps one observation to the deterministic action.
     """
@@ -942,10 +940,6 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
-    @property
-    def finished(self) -> bool:
-        return self.global_step >= self.args.total_timesteps
-
     def again(self, flag: str = "--resume") -> str:
         """A command that can be pasted anywhere."""
         return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
@@ -971,11 +965,11 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn a write error into a one-line exit; complete files stay intact."""
+        """If writing fails, end with one line; complete files stay intact."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-            way_out = f"make room, then {self.again()}, or name another --run-dir"
+            way_out = f"free space, then {self.again()}, or name another --run-dir"
             stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
 
     def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
@@ -1074,7 +1068,7 @@ class Run:
         self.wandb.define_metric("*", step_metric="global_step")
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        """Note the first signal. A repeat within 2 s is ignored; a later signal ends at once."""
         if self.signal and time.monotonic() > self.signal_time + 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -1094,12 +1088,12 @@ class Run:
         snapshots = self.envs.get_attr("snapshot")
         checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
         checkpoint |= {name: getattr(self, name) for name in self.SAVED}
-        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
+        checkpoint["torch_rng"] = torch.get_rng_state()  # for copies of this script that use it
         with self.writing():
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def restore(self) -> int:
-        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
+        """Load the checkpoint; --evaluate omits TRAINING_ONLY parts. Returns its global step."""
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
             return 0  # killed before its first checkpoint
@@ -1121,6 +1115,7 @@ class Run:
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log; save and evaluate where it is due; end the run if a signal asked for it."""
         previous, self.global_step = self.global_step, global_step
+        finished = global_step >= self.args.total_timesteps
 
         def passed(frequency: int) -> bool:
             return frequency > 0 and global_step // frequency > previous // frequency
@@ -1137,23 +1132,22 @@ class Run:
         metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
         self.result = {}
-        self.eval_due = passed(self.args.eval_frequency) and not self.finished
-        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        self.eval_due = passed(self.args.eval_frequency) and not finished
+        due = finished or self.eval_due or passed(self.args.checkpoint_frequency)
         if saved := bool(due or self.signal):
             self.save_checkpoint()  # first, as evaluations take long and environments fail
         self.show_progress(metrics["charts/SPS"])
         if self.eval_due:
             self.evaluate()
-        if saved and not self.finished:
+        if saved and not finished:
             self.stop_if_asked()
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""
         bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
-            if not name.endswith(self.TRAINING_ONLY):
-                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
-                bad += [name for tensor in tensors if not tensor.isfinite().all()]
+            tensors = () if name.endswith(self.TRAINING_ONLY) else part.state_dict().values()
+            bad += [name for x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
             kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
             stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)

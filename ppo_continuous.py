@@ -1,7 +1,7 @@
 """Proximal Policy Optimization (PPO) for continuous actions, complete in this one file.
 
 PPO collects a short rollout with the current policy and then takes several epochs of gradient steps
-on it. Its policy loss gives no reward for moving the probability ratio between the new and the old
+on it. Its policy loss gains nothing from moving the probability ratio between the new and the old
 policy out of [1 - eps, 1 + eps]. One rollout can therefore be used many times without the policy
 moving too far from the data. Schulman et al. 2017, arXiv:1707.06347; equation numbers are theirs.
 
@@ -10,7 +10,7 @@ moving too far from the data. Schulman et al. 2017, arXiv:1707.06347; equation n
         for each epoch:
             delta_t = r_t + gamma V(s_t+1) - V(s_t)                             (eq. 12)
             A_t = delta_t + gamma lambda A_t+1, R_t = A_t + V(s_t)              (eq. 11, recursive)
-            (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or of the steps)
+            (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or rollout)
             for each minibatch:
                 ratio = pi(a|s) / pi_old(a|s)                                   (section 3)
                 L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)       (eq. 7)
@@ -27,8 +27,8 @@ Deviations from the paper:
 - Observations are normalised and rewards scaled by running statistics (arXiv:2005.12729), so that
   the same hyperparameters suit environments with very different units.
 - Advantages are computed again before every epoch, with the newest critic (arXiv:2006.05990).
-- Advantages are normalised, gradients clipped, weights orthogonal with a small last policy layer,
-  and actions begin with a small spread (arXiv:2006.05990), as in most published results.
+- As in most published code: normalised advantages, clipped gradients, orthogonal weights with a
+  small last policy layer, Adam's epsilon 1e-5. Actions vary less at first (arXiv:2006.05990).
 - The learning rate falls to 0 over the run. The epochs stop once the policy has moved too far
   (--target-kl): clipping is not always enough.
 - The KL is estimated from the sampled actions: only old log-probabilities have to be stored.
@@ -74,7 +74,7 @@ class Args:
     gamma: float = 0.99
     """Discount factor per environment step; 1 only where no time limit ends an episode."""
     gae_lambda: float = 0.95
-    """Lambda of the advantages: V takes over after 1 step (0) or the last (1); arXiv:1506.02438."""
+    """Lambda of the advantages. 0: V after one step; 1: V after the last step; arXiv:1506.02438."""
     num_steps: Count = 256
     """Steps of each environment per iteration."""
     num_minibatches: Count = 32
@@ -90,11 +90,11 @@ class Args:
     clip_coef: float = 0.2
     """Epsilon of the clipping: no further gain from a ratio outside [1 - epsilon, 1 + epsilon]."""
     kl_coef: float = 1.0
-    """Initial weight beta of the KL penalty; doubles or halves as the KL misses --target-kl."""
+    """Initial weight beta of the KL penalty; doubles when the KL is high, halves when low."""
     target_kl: float | None = 0.05
-    """KL in nats. clip: stop the epochs above 1.5 times it (None: never); penalty: its target."""
+    """Target KL in nats; without a penalty, epochs stop above 1.5 times it (None: never)."""
     clip_vloss: bool = False
-    """Clip the value loss by --clip-coef too (arXiv:2006.05990, section 3.4: it hurts)."""
+    """Clip the value loss by --clip-coef, as Baselines does (arXiv:2006.05990, 3.4: it hurts)."""
     vf_coef: float = 0.5
     """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = 0.0
@@ -102,7 +102,7 @@ class Args:
     max_grad_norm: float = 0.5
     """Largest norm of the whole gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -1.0
-    """Initial log std of actions; their bounds here are [-1, 1] (arXiv:2006.05990, section 3.2)."""
+    """Initial log std of actions, which are scaled to [-1, 1] (arXiv:2006.05990, section 3.2)."""
 
     # Environment
     env_id: str = "HalfCheetah-v5"
@@ -112,19 +112,19 @@ class Args:
     env_kwargs: Json = field(default_factory=dict)
     """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
     async_envs: bool = False
-    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
+    """One process per environment: faster if a step takes milliseconds, otherwise slower."""
     norm_obs: bool = True
     """Normalise observations by running mean and variance (arXiv:2005.12729)."""
     obs_clip: float = 50.0
     """Clip normalised observations to [-obs_clip, obs_clip]."""
     norm_reward: bool = True
-    """Divide rewards by the running std of the return, clip them to 10 (arXiv:2005.12729)."""
+    """Divide rewards by the running std of returns, clip to [-10, 10] (arXiv:2005.12729)."""
 
     # Run
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = 1_000_000
-    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
+    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
@@ -132,7 +132,7 @@ class Args:
     torch_threads: Count = 1
     """CPU threads of torch; small networks gain nothing from a second one."""
     compile: bool = False
-    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, is often faster."""
     track: bool = False
     """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
     wandb_project_name: str = "deep-rl"
@@ -189,7 +189,7 @@ class GaussianActor(nn.Module):
 
 
 class ValueCritic(nn.Module):
-    """State value V(s), in units of the scaled reward. Shapes: obs (..., obs_dim) -> (...)."""
+    """State value V(s), in the units of its targets. Shapes: obs (..., obs_dim) -> (...)."""
 
     def __init__(self, obs_dim: int) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
-    """Half the mean squared error; with a finite clip_coef the worse of it and its clipped form.
+    """Half the mean squared error: for each sample, that of V or of clipped V if it is larger.
 
     Shapes: values, old_values, returns (B,) -> (). Source: Engstrom et al. 2020, section 3.
     """
@@ -389,7 +389,7 @@ def train(args: Args) -> None:
             obs, rewards, terminations, truncations, infos = envs.step(to_env(buffer.actions[t]))
             global_step += args.num_envs
             dones = terminations | truncations
-            next_obs = obs.copy()  # where an episode ended, obs is already the next one's first
+            next_obs = obs.copy()  # where an episode ended, obs already begins a new one
             if dones.any():
                 next_obs[dones] = np.stack(infos["final_obs"][dones])
                 ended = infos["final_info"]
@@ -513,7 +513,7 @@ class ObsNormalizer(RunningMoments):
 
 
 class RewardScaler(RunningMoments):
-    """Divides rewards by the running std of the discounted return, then clips them to 10.
+    """Divides rewards by the running std of discounted returns, then clips to [-10, 10].
 
     Subtracting a mean would change which behaviour is best. Shapes: rewards (T, N) -> the same.
     """
@@ -550,13 +550,13 @@ def make_envs(args: Args) -> VectorEnv:
     """`num_envs` environments. One whose episode ends is reset in the same step."""
 
     def env_fn() -> gym.Env:
-        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+        if apart and multiprocessing.parent_process():  # all get signals; the parent decides
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+                signal.signal(number, lambda *_: None)  # programs it starts would keep SIG_IGN
         return make_env(args)
 
     apart = args.async_envs and not args.evaluate
-    if apart:  # the signal with which Python ends its children would not end them
+    if apart:  # Python ends its children by SIGTERM, which they ignore
         atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
     vector_env = AsyncVectorEnv if apart else SyncVectorEnv
     envs = vector_env([env_fn] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -593,7 +593,7 @@ class ActionScaler:
     def __call__(self, actions: Tensor) -> np.ndarray:
         unscaled = actions.cpu().numpy()
         if not np.isfinite(unscaled).all():
-            stop("error: the policy's action is not finite; the last checkpoint is kept", 3)
+            stop("error: the policy's action is not finite; any checkpoint is kept", 3)
         low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
@@ -608,7 +608,7 @@ class ActionScaler:
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
 LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
-LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
+LONGEST_EPISODE = 50_000  # most steps that a resume repeats or an evaluation plays
 
 
 def parse_count(text: str) -> int:
@@ -620,13 +620,11 @@ def parse_count(text: str) -> int:
 
 def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
     """Annotation of a flag that is read by `parse` and printed by `show`."""
-    return Annotated[
-        kind,
-        tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
-            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
-        ),
-    ]
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+        is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+    )
+    return Annotated[kind, spec]
 
 
 Count = flag_type(int, "INT", parse_count, "{:_}".format)
@@ -654,7 +652,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
+    """Read the command line; --resume and --evaluate allow no change but to what is `free`."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment
@@ -685,7 +683,7 @@ def parse_args(args_class: type) -> Any:
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
-    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended its reader, such as tee
         tqdm.write(message, file=sys.stderr)
     sys.exit(code)
 
@@ -733,7 +731,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def making(args: Any) -> Iterator[None]:
-    """Turn what keeps an environment from being made into a one-line exit."""
+    """If the environment cannot be made, end with one line that says why."""
     try:
         yield
     except Exception as error:  # environments refuse --env-kwargs in many ways
@@ -744,7 +742,7 @@ def making(args: Any) -> Iterator[None]:
 
 
 def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
-    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    """The environment with flat vectors as observations. Pictures and texts are refused."""
     space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
     numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
     parts = {"it": space}
@@ -795,7 +793,7 @@ class ReplayableEnv(gym.Wrapper):
 
     @property
     def snapshot(self) -> dict[str, np.ndarray]:
-        """What restores the environment; setting it does so."""
+        """The saved state; assigning one restores it."""
         return {name: np.array(getattr(self, name)) for name in self.SAVED}
 
     @snapshot.setter
@@ -815,7 +813,7 @@ class ReplayableEnv(gym.Wrapper):
 
 
 def close(envs: gym.Env | VectorEnv) -> None:
-    """Close environments, once. An error in that costs a line, not the run."""
+    """Close environments, once. An error in closing is only a warning."""
     if not getattr(envs, "closed", False):
         for env in getattr(envs, "envs", [envs]):
             try:  # without waiting for a process that is dead or in the middle of a step
@@ -826,9 +824,9 @@ def close(envs: gym.Env | VectorEnv) -> None:
 
 
 class Run:
-    """A run and its folder. Knows nothing of the algorithm.
+    """A run and its folder. It depends on no algorithm.
 
-    `state` names everything else that must survive a kill; each part has state_dict() and
+    `state` names all else that a checkpoint must hold; each part has state_dict() and
     load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
     `policy` maps one observation to the deterministic action.
     """
@@ -855,10 +853,6 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
-    @property
-    def finished(self) -> bool:
-        return self.global_step >= self.args.total_timesteps
-
     def again(self, flag: str = "--resume") -> str:
         """A command that can be pasted anywhere."""
         return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
@@ -884,11 +878,11 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn a write error into a one-line exit; complete files stay intact."""
+        """If writing fails, end with one line; complete files stay intact."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-            way_out = f"make room, then {self.again()}, or name another --run-dir"
+            way_out = f"free space, then {self.again()}, or name another --run-dir"
             stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
 
     def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
@@ -987,7 +981,7 @@ class Run:
         self.wandb.define_metric("*", step_metric="global_step")
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        """Note the first signal. A repeat within 2 s is ignored; a later signal ends at once."""
         if self.signal and time.monotonic() > self.signal_time + 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -1007,12 +1001,12 @@ class Run:
         snapshots = self.envs.get_attr("snapshot")
         checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
         checkpoint |= {name: getattr(self, name) for name in self.SAVED}
-        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
+        checkpoint["torch_rng"] = torch.get_rng_state()  # for copies of this script that use it
         with self.writing():
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def restore(self) -> int:
-        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
+        """Load the checkpoint; --evaluate omits TRAINING_ONLY parts. Returns its global step."""
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
             return 0  # killed before its first checkpoint
@@ -1034,6 +1028,7 @@ class Run:
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log; save and evaluate where it is due; end the run if a signal asked for it."""
         previous, self.global_step = self.global_step, global_step
+        finished = global_step >= self.args.total_timesteps
 
         def passed(frequency: int) -> bool:
             return frequency > 0 and global_step // frequency > previous // frequency
@@ -1050,23 +1045,22 @@ class Run:
         metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
         self.result = {}
-        self.eval_due = passed(self.args.eval_frequency) and not self.finished
-        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        self.eval_due = passed(self.args.eval_frequency) and not finished
+        due = finished or self.eval_due or passed(self.args.checkpoint_frequency)
         if saved := bool(due or self.signal):
             self.save_checkpoint()  # first, as evaluations take long and environments fail
         self.show_progress(metrics["charts/SPS"])
         if self.eval_due:
             self.evaluate()
-        if saved and not self.finished:
+        if saved and not finished:
             self.stop_if_asked()
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""
         bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
-            if not name.endswith(self.TRAINING_ONLY):
-                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
-                bad += [name for tensor in tensors if not tensor.isfinite().all()]
+            tensors = () if name.endswith(self.TRAINING_ONLY) else part.state_dict().values()
+            bad += [name for x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
             kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
             stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)

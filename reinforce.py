@@ -1,13 +1,13 @@
 """REINFORCE, the Monte Carlo policy gradient, complete in this one file.
 
-The policy plays whole episodes. Then every action becomes more likely in proportion to the return
-that followed it; on average, this is a step along the gradient of the expected return. But the
+The policy plays whole episodes. Then every action becomes more likely in proportion to its
+episode's return; on average, this is a step along the gradient of the expected return. But the
 return of a single episode is very noisy. The two ideas that reduce the noise are switches here.
 --reward-to-go: rewards from before an action say nothing about it, and are left out. --baseline: a
-number b is subtracted from the return. This changes nothing on average, because the gradient of
-log pi(a|s) is 0 on average, as long as the action has no influence on its own b. Williams 1992,
+number b is subtracted from the return. If the action has no influence on its own b, this changes
+nothing on average, because the gradient of log pi(a|s) is 0 on average. Williams 1992,
 doi:10.1007/BF00992696; with V(s) as baseline: Sutton et al. 1999, "Policy gradient methods for
-reinforcement learning". Equation and section numbers are those of the overview arXiv:1506.02438.
+reinforcement learning". Equation and section numbers are those of arXiv:1506.02438.
 
     for each iteration:
         play one whole episode in each of num_envs environments
@@ -23,9 +23,9 @@ Deviations from the paper (Williams 1992):
 - A time limit is not part of the task (arXiv:1712.00378). With --baseline value, the return goes on
   with V of the episode's last observation. The other baselines have no V: there, the return ends
   with the episode, and the last actions before the limit miss the rewards that would have followed.
-- The return from each step is discounted from that step on. The exact gradient of the discounted
-  return, which --no-reward-to-go follows, nearly removes late steps by a factor gamma^t (1 if gamma
-  is 1: then both switches change the noise alone).
+- The return from each step is discounted from that step on. --no-reward-to-go follows the exact
+  gradient of the discounted return, in which a factor gamma^t makes late steps count for little.
+  With gamma 1 there is no such factor, and --reward-to-go changes only the noise.
 - Advantages are divided by their root mean square, so that the units of the reward do not matter.
   Their mean is not subtracted: that would be one more baseline.
 - Adam with a falling learning rate, where the paper has plain gradient ascent.
@@ -74,8 +74,8 @@ class Args:
     reward_to_go: bool = True
     """Weight an action by the rewards after it; without: by the return of the whole episode."""
     baseline: Literal["none", "constant", "optimal", "time", "value"] = "value"
-    """What is subtracted. From the other episodes: their mean over all steps (constant) or at the
-    same step (time), or the number of least variance (optimal). value: a learned V(s)."""
+    """What is subtracted. From the other episodes: their mean return, over all steps (constant) or
+    at the same step (time), or of least gradient variance (optimal). value: a learned V(s)."""
     norm_adv: bool = True
     """Divide advantages by their root mean square."""
     critic_learning_rate: float = 1e-3
@@ -85,7 +85,7 @@ class Args:
     critic_batch_size: Count = 256
     """Samples in a gradient step of the critic."""
     log_std_init: float = -0.5
-    """Initial log std of continuous actions; their bounds here are [-1, 1]."""
+    """Initial log std of continuous actions, which are scaled to [-1, 1]."""
 
     # Environment
     env_id: str = "CartPole-v1"
@@ -95,7 +95,7 @@ class Args:
     env_kwargs: Json = field(default_factory=dict)
     """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
     async_envs: bool = False
-    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
+    """One process per environment: faster if a step takes milliseconds, otherwise slower."""
     norm_obs: bool = True
     """Normalise observations by running mean and variance (arXiv:2005.12729)."""
     obs_clip: float = 50.0
@@ -107,7 +107,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = 1_000_000
-    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
+    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
@@ -115,7 +115,7 @@ class Args:
     torch_threads: Count = 1
     """CPU threads of torch; small networks gain nothing from a second one."""
     compile: bool = False
-    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    """Compile the critic's step: needs a C++ compiler, starts seconds later, is often faster."""
     track: bool = False
     """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
     wandb_project_name: str = "deep-rl"
@@ -183,7 +183,7 @@ class GaussianActor(nn.Module):
 
 
 class ValueCritic(nn.Module):
-    """State value V(s), in units of the scaled reward. Shapes: obs (..., obs_dim) -> (...)."""
+    """State value V(s), in the units of its targets. Shapes: obs (..., obs_dim) -> (...)."""
 
     def __init__(self, obs_dim: int) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def entropy(policy: Policy) -> Tensor:
 
 
 def sample(policy: Policy, rng: Rng) -> Tensor:
-    """Random actions. Shapes: (...) or (..., action_dim)."""
+    """Actions drawn from the policy. Shapes: (...) or (..., action_dim)."""
     if isinstance(policy, tuple):
         mean, log_std = policy
         noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32)).to(mean.device)
@@ -266,7 +266,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     """Minus the mean over episodes of sum over t of log pi(a_t|s_t) A_t.
 
     Its value has no meaning. Its gradient estimates minus the policy gradient: without bias, if
-    gamma is 1, no time limit cuts, nothing is normalised and no action changes its own baseline.
+    gamma is 1, no time limit cuts, --norm-adv is off and no action changes its own baseline.
 
     Shapes: log_probs, advantages (T, N), advantages 0 after an episode's end -> ().
     Source: Williams 1992, theorem 2.
@@ -312,7 +312,7 @@ def time_baseline(returns: Tensor, playing: Tensor) -> Tensor:
 
 
 def optimal_baseline(scores: Tensor, gradients: Tensor) -> Tensor:
-    """The constant b that makes the variance of the gradients - b * scores as small as possible.
+    """For each episode, the b with which gradients - b * scores have the smallest variance.
 
     scores[n] is episode n's gradient of sum over t of log pi(a_t|s_t), gradients[n] the same with
     G_t as a factor. b is where the derivative of the mean of |gradients - b * scores|^2 is 0.
@@ -411,7 +411,7 @@ def train(args: Args) -> None:
                 ended = infos["final_info"]
                 run.episodes += zip(ended["return"][dones], ended["length"][dones], strict=True)
             cut = truncations & ~terminations
-            if cut.any() and args.baseline == "value":  # obs is already the next episode's first
+            if cut.any() and args.baseline == "value":  # there, obs already begins a new episode
                 final_obs = np.stack(infos["final_obs"][cut])
                 with torch.no_grad():
                     cut_values[cut] = critic(to_network(final_obs)) * return_scaler.scale
@@ -453,7 +453,7 @@ def train(args: Args) -> None:
         metrics = {
             "losses/policy_loss": policy_loss.item(),
             "losses/entropy": entropy(policy)[mask].mean().item(),
-            "losses/grad_norm": gradients.mean(0).norm().item(),  # without --norm-adv
+            "losses/grad_norm": gradients.mean(0).norm().item(),  # before --norm-adv
         }
         if args.num_envs > 1:  # variance of the mean over the episodes, summed over parameters
             variance = gradients.var(0).sum() / args.num_envs
@@ -473,7 +473,7 @@ def train(args: Args) -> None:
                 value_losses.append(critic_step(inputs[sampled], targets[sampled]))
                 critic_optimizer.step()
             metrics["losses/value_loss"] = torch.stack(value_losses).mean().item()
-        if args.norm_obs:  # last: the policy acts and learns with the same normalisation
+        if args.norm_obs:  # last, so that acting and learning use the same normalisation
             obs_normalizer.update(observed[mask].float())
 
         # 5. Log, checkpoint, evaluate
@@ -541,13 +541,13 @@ def make_envs(args: Args) -> VectorEnv:
     """`num_envs` environments. One whose episode ends is reset in the same step."""
 
     def env_fn() -> gym.Env:
-        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+        if apart and multiprocessing.parent_process():  # all get signals; the parent decides
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+                signal.signal(number, lambda *_: None)  # programs it starts would keep SIG_IGN
         return OneEpisode(make_env(args))
 
     apart = args.async_envs and not args.evaluate
-    if apart:  # the signal with which Python ends its children would not end them
+    if apart:  # Python ends its children by SIGTERM, which they ignore
         atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
     vector_env = AsyncVectorEnv if apart else SyncVectorEnv
     envs = vector_env([env_fn] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -589,7 +589,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 class ActionNumbers:
-    """Numbers the actions of a Discrete space. Shapes: tensor (...) from 0 -> array from start."""
+    """Shifts actions that count from 0 to a Discrete space's start. Shapes: tensor -> array."""
 
     def __init__(self, space: gym.spaces.Discrete) -> None:
         self.num_actions, self.start = int(space.n), int(space.start)
@@ -612,7 +612,7 @@ class ActionScaler:
     def __call__(self, actions: Tensor) -> np.ndarray:
         unscaled = actions.cpu().numpy()
         if not np.isfinite(unscaled).all():
-            stop("error: the policy's action is not finite; the last checkpoint is kept", 3)
+            stop("error: the policy's action is not finite; any checkpoint is kept", 3)
         low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
@@ -627,7 +627,7 @@ class ActionScaler:
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
 LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
-LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
+LONGEST_EPISODE = 50_000  # most steps that a resume repeats or an evaluation plays
 
 
 def parse_count(text: str) -> int:
@@ -639,13 +639,11 @@ def parse_count(text: str) -> int:
 
 def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
     """Annotation of a flag that is read by `parse` and printed by `show`."""
-    return Annotated[
-        kind,
-        tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
-            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
-        ),
-    ]
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+        is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+    )
+    return Annotated[kind, spec]
 
 
 Count = flag_type(int, "INT", parse_count, "{:_}".format)
@@ -673,7 +671,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
+    """Read the command line; --resume and --evaluate allow no change but to what is `free`."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment
@@ -704,7 +702,7 @@ def parse_args(args_class: type) -> Any:
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
-    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended its reader, such as tee
         tqdm.write(message, file=sys.stderr)
     sys.exit(code)
 
@@ -752,7 +750,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def making(args: Any) -> Iterator[None]:
-    """Turn what keeps an environment from being made into a one-line exit."""
+    """If the environment cannot be made, end with one line that says why."""
     try:
         yield
     except Exception as error:  # environments refuse --env-kwargs in many ways
@@ -763,7 +761,7 @@ def making(args: Any) -> Iterator[None]:
 
 
 def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
-    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    """The environment with flat vectors as observations. Pictures and texts are refused."""
     space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
     numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
     parts = {"it": space}
@@ -814,7 +812,7 @@ class ReplayableEnv(gym.Wrapper):
 
     @property
     def snapshot(self) -> dict[str, np.ndarray]:
-        """What restores the environment; setting it does so."""
+        """The saved state; assigning one restores it."""
         return {name: np.array(getattr(self, name)) for name in self.SAVED}
 
     @snapshot.setter
@@ -834,7 +832,7 @@ class ReplayableEnv(gym.Wrapper):
 
 
 def close(envs: gym.Env | VectorEnv) -> None:
-    """Close environments, once. An error in that costs a line, not the run."""
+    """Close environments, once. An error in closing is only a warning."""
     if not getattr(envs, "closed", False):
         for env in getattr(envs, "envs", [envs]):
             try:  # without waiting for a process that is dead or in the middle of a step
@@ -845,9 +843,9 @@ def close(envs: gym.Env | VectorEnv) -> None:
 
 
 class Run:
-    """A run and its folder. Knows nothing of the algorithm.
+    """A run and its folder. It depends on no algorithm.
 
-    `state` names everything else that must survive a kill; each part has state_dict() and
+    `state` names all else that a checkpoint must hold; each part has state_dict() and
     load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
     `policy` maps one observation to the deterministic action.
     """
@@ -874,10 +872,6 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
-    @property
-    def finished(self) -> bool:
-        return self.global_step >= self.args.total_timesteps
-
     def again(self, flag: str = "--resume") -> str:
         """A command that can be pasted anywhere."""
         return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
@@ -903,11 +897,11 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn a write error into a one-line exit; complete files stay intact."""
+        """If writing fails, end with one line; complete files stay intact."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-            way_out = f"make room, then {self.again()}, or name another --run-dir"
+            way_out = f"free space, then {self.again()}, or name another --run-dir"
             stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
 
     def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
@@ -1006,7 +1000,7 @@ class Run:
         self.wandb.define_metric("*", step_metric="global_step")
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        """Note the first signal. A repeat within 2 s is ignored; a later signal ends at once."""
         if self.signal and time.monotonic() > self.signal_time + 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -1026,12 +1020,12 @@ class Run:
         snapshots = self.envs.get_attr("snapshot")
         checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
         checkpoint |= {name: getattr(self, name) for name in self.SAVED}
-        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
+        checkpoint["torch_rng"] = torch.get_rng_state()  # for copies of this script that use it
         with self.writing():
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def restore(self) -> int:
-        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
+        """Load the checkpoint; --evaluate omits TRAINING_ONLY parts. Returns its global step."""
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
             return 0  # killed before its first checkpoint
@@ -1053,6 +1047,7 @@ class Run:
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log; save and evaluate where it is due; end the run if a signal asked for it."""
         previous, self.global_step = self.global_step, global_step
+        finished = global_step >= self.args.total_timesteps
 
         def passed(frequency: int) -> bool:
             return frequency > 0 and global_step // frequency > previous // frequency
@@ -1069,23 +1064,22 @@ class Run:
         metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
         self.result = {}
-        self.eval_due = passed(self.args.eval_frequency) and not self.finished
-        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        self.eval_due = passed(self.args.eval_frequency) and not finished
+        due = finished or self.eval_due or passed(self.args.checkpoint_frequency)
         if saved := bool(due or self.signal):
             self.save_checkpoint()  # first, as evaluations take long and environments fail
         self.show_progress(metrics["charts/SPS"])
         if self.eval_due:
             self.evaluate()
-        if saved and not self.finished:
+        if saved and not finished:
             self.stop_if_asked()
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""
         bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
-            if not name.endswith(self.TRAINING_ONLY):
-                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
-                bad += [name for tensor in tensors if not tensor.isfinite().all()]
+            tensors = () if name.endswith(self.TRAINING_ONLY) else part.state_dict().values()
+            bad += [name for x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
             kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
             stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)

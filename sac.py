@@ -11,18 +11,18 @@ arXiv:1812.05905; equation numbers are theirs, or of 2018a, arXiv:1801.01290, wh
         act with a ~ pi(.|s), the tanh of a Gaussian, at first at random
         store (s, a, r, s', whether the task ended)
         after learning_starts steps, for each of updates_per_step random minibatches:
-            V(s') = smaller Q'(s', a') - alpha log pi(a'|s'), with a' ~ pi(.|s')         (eq. 3)
+            V(s') = min Q'(s', a') - alpha log pi(a'|s'), with a' ~ pi(.|s')             (eq. 3)
             y = r + gamma V(s'), or r where the task ended                               (eq. 2)
             one Adam step of both Q on the mean of (Q(s, a) - y)^2                       (eq. 5)
-            one Adam step, with a~ ~ pi(.|s),
-                of pi on the mean of alpha log pi(a~|s) - smaller Q(s, a~)               (eq. 9)
-                and of alpha on the mean of alpha (-log pi(a~|s) - target entropy)       (eq. 18)
+            one Adam step, with an action b ~ pi(.|s),
+                of pi on the mean of alpha log pi(b|s) - min Q(s, b)                     (eq. 9)
+                and of alpha on the mean of alpha (-log pi(b|s) - target entropy)        (eq. 18)
             move both targets Q' towards both Q by the share tau                         (section 6)
 
     python sac.py --env-id HalfCheetah-v5 --seed 1
 
 --value-network --no-autotune --alpha 0.2 is the algorithm of 2018a: V has a network of its own,
-which learns smaller Q(s, a~) - alpha log pi(a~|s) (2018a, eq. 5), and a target network, which gives
+which learns min Q(s, b) - alpha log pi(b|s) (2018a, eq. 5), and a target network, which gives
 V(s') in y (2018a, eq. 8). alpha is 1 over the paper's reward scale.
 
 Deviations from the paper:
@@ -73,7 +73,7 @@ class Args:
     anneal_lr: bool = False
     """Lower the learning rates linearly over the run, to 0 at its end."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
-    """Matrix products in float32 (highest), faster ones (medium), bfloat16 in hidden layers."""
+    """Matrix products: float32 (highest), faster, less exact (medium), bfloat16 (hidden layers)."""
     gamma: float = 0.99
     """Discount factor per environment step; 1 only where no time limit ends an episode."""
     buffer_size: Count = 1_000_000
@@ -85,13 +85,13 @@ class Args:
     batch_size: Count = 256
     """Transitions per gradient step."""
     tau: float = 0.005
-    """How far the target network moves to the other: 1 copies it, less is Polyak averaging."""
+    """Share by which a target network moves to the trained one: 1 copies it, less averages."""
     autotune: bool = True
     """Learn alpha, the weight of the entropy, so that the entropy stays near its target."""
     alpha: float = 1.0
     """Weight of the entropy: at the start, or with --no-autotune always."""
     target_entropy: float | None = None
-    """Entropy in nats, of actions in [-1, 1], that alpha aims at; None: minus their dimensions."""
+    """Entropy in nats, for actions in [-1, 1], that alpha aims at; None: -1 per dimension."""
     value_network: bool = False
     """Learn V with a network of its own, as in the first paper (arXiv:1801.01290)."""
     log_frequency: Count = 1000
@@ -105,13 +105,13 @@ class Args:
     env_kwargs: Json = field(default_factory=dict)
     """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
     async_envs: bool = False
-    """A process for each environment: for steps of milliseconds; fast ones get slower by it."""
+    """One process per environment: faster if a step takes milliseconds, otherwise slower."""
 
     # Run
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = 1_000_000
-    """Environment steps in all, in whole iterations; if a resume enlarges it, schedules jump."""
+    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
@@ -119,7 +119,7 @@ class Args:
     torch_threads: Count = 1
     """CPU threads of torch; small networks gain nothing from a second one."""
     compile: bool = False
-    """Compile the gradient step: needs a C++ compiler, starts seconds later, then runs faster."""
+    """Compile the gradient step: needs a C++ compiler, starts seconds later, is often faster."""
     track: bool = False
     """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
     wandb_project_name: str = "deep-rl"
@@ -153,8 +153,8 @@ def hidden_layers(in_dim: int) -> nn.Sequential:
 
 def mixed_precision(network: nn.Module, inputs: Tensor, bfloat16: bool) -> Tensor:
     """The network's output in float32; its layers compute in bfloat16 where asked."""
-    bfloat16 = bfloat16 and inputs.shape[-2] > 16  # or converting weights takes longer
-    with torch.autocast("cpu" if inputs.is_meta else inputs.device.type, torch.bfloat16, bfloat16):
+    bfloat16 = bfloat16 and inputs.shape[-2] > 16  # else converting weights costs more
+    with torch.autocast(inputs.device.type, torch.bfloat16, bfloat16):
         outputs = network(inputs)
     return outputs.float()
 
@@ -235,8 +235,8 @@ def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma:
 def squashed_log_prob(noise: Tensor, log_std: Tensor, unsquashed: Tensor) -> Tensor:
     """Log-density of the actions tanh(unsquashed), summed over the action dimensions.
 
-    unsquashed = mean + std * noise. Its Gaussian log-density, minus the log of tanh's slope
-    1 - tanh(u)^2, as 2 (log 2 - u - softplus(-2 u)), which stays exact where tanh(u) rounds to 1.
+    It is the Gaussian log-density of u = unsquashed = mean + std * noise, minus the log of
+    1 - tanh(u)^2, written 2 (log 2 - u - softplus(-2 u)), exact even where tanh(u) rounds to 1.
 
     Shapes: all (B, action_dim) -> (B,). Source: Haarnoja et al. 2018b, appendix C.
     """
@@ -246,7 +246,7 @@ def squashed_log_prob(noise: Tensor, log_std: Tensor, unsquashed: Tensor) -> Ten
 
 
 def soft_value(q_values: Tensor, log_probs: Tensor, alpha: Tensor) -> Tensor:
-    """Value of a sampled action with the payment for entropy, using the smaller critic's.
+    """Smaller Q of a sampled action, minus alpha times the action's log-probability.
 
     Shapes: q_values (2, B), log_probs (B,), alpha () -> (B,). Source: Haarnoja et al. 2018b, eq. 3.
     """
@@ -342,7 +342,7 @@ def train(args: Args) -> None:
 
     @torch.no_grad()
     def compute_targets(obs, rewards, next_obs, terminations, noise):
-        """What Q of the transitions should be; and V(obs), or without its network V(next_obs)."""
+        """Targets of Q; and sampled V(obs) with --value-network, otherwise V(next_obs)."""
         where = obs if args.value_network else next_obs
         q_network = critic if args.value_network else target_network
         actions, log_probs = sample(where, noise)
@@ -407,7 +407,7 @@ def train(args: Args) -> None:
         obs, rewards, terminations, truncations, infos = envs.step(scaled)
         global_step += args.num_envs
         dones = terminations | truncations
-        next_obs = obs.copy()  # where an episode ended, obs is already the next one's first
+        next_obs = obs.copy()  # where an episode ended, obs already begins a new one
         if dones.any():
             next_obs[dones] = np.stack(infos["final_obs"][dones])
             ended = infos["final_info"]
@@ -438,7 +438,7 @@ def train(args: Args) -> None:
 
         # 5. Log, checkpoint, evaluate
         finite = not update_metrics or update_metrics[-1]["losses/critic_loss"].isfinite()
-        if due(global_step, iteration_steps) or not finite:  # then end_iteration ends the run
+        if due(global_step, iteration_steps) or not finite:  # if it is not, the run ends
             metrics = {"charts/learning_rate": actor_optimizer.param_groups[0]["lr"]}
             metrics["charts/updates_per_step"] = len(update_metrics) / iteration_steps
             for name in update_metrics[0] if update_metrics else ():
@@ -492,7 +492,7 @@ class ValueNetwork(nn.Module):
 def make_networks(
     args: Args, obs_dim: int, action_dim: int, device: torch.device
 ) -> list[nn.Module]:
-    """Actor, critics and V (empty if it is not learned), in the precision that was asked for."""
+    """Actor, critics and V (empty if it is not learned), in the chosen precision."""
     torch.set_float32_matmul_precision("medium" if args.precision == "medium" else "highest")
     bfloat16 = args.precision == "bfloat16"
     most = action_dim * math.log(2)  # of uniform actions in [-1, 1]
@@ -517,7 +517,7 @@ def make_buffer(args: Args, obs_dim: int, action_dim: int) -> TransitionBuffer:
     """The replay memory. One that will not fit is refused now, not hours later when it fills."""
     row, free = TransitionBuffer(1, obs_dim, action_dim).rows, math.inf
     gigabytes = args.buffer_size * row.nbytes / 1e9
-    with contextlib.suppress(OSError, IndexError):  # only Linux tells
+    with contextlib.suppress(OSError, IndexError):  # only on Linux
         kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
         free = int(kilobytes) * 1024 / 1e9
     if args.learning_starts > args.total_timesteps and not args.evaluate:
@@ -535,13 +535,13 @@ def make_envs(args: Args) -> VectorEnv:
     """`num_envs` environments. One whose episode ends is reset in the same step."""
 
     def env_fn() -> gym.Env:
-        if apart and multiprocessing.parent_process():  # signals reach all; the parent decides
+        if apart and multiprocessing.parent_process():  # all get signals; the parent decides
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited
+                signal.signal(number, lambda *_: None)  # programs it starts would keep SIG_IGN
         return make_env(args)
 
     apart = args.async_envs and not args.evaluate
-    if apart:  # the signal with which Python ends its children would not end them
+    if apart:  # Python ends its children by SIGTERM, which they ignore
         atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
     vector_env = AsyncVectorEnv if apart else SyncVectorEnv
     envs = vector_env([env_fn] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -578,7 +578,7 @@ class ActionScaler:
     def __call__(self, actions: Tensor) -> np.ndarray:
         unscaled = actions.cpu().numpy()
         if not np.isfinite(unscaled).all():
-            stop("error: the policy's action is not finite; the last checkpoint is kept", 3)
+            stop("error: the policy's action is not finite; any checkpoint is kept", 3)
         low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
@@ -593,7 +593,7 @@ class ActionScaler:
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
 LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
-LONGEST_EPISODE = 50_000  # steps; a resume repeats, or an evaluation plays, no more
+LONGEST_EPISODE = 50_000  # most steps that a resume repeats or an evaluation plays
 
 
 def parse_count(text: str) -> int:
@@ -605,13 +605,11 @@ def parse_count(text: str) -> int:
 
 def flag_type(kind: type, metavar: str, parse: Callable, show: Callable) -> Any:
     """Annotation of a flag that is read by `parse` and printed by `show`."""
-    return Annotated[
-        kind,
-        tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
-            is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
-        ),
-    ]
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=lambda texts: parse(texts[0]),
+        is_instance=lambda x: isinstance(x, kind), str_from_instance=lambda x: [show(x)],
+    )
+    return Annotated[kind, spec]
 
 
 Count = flag_type(int, "INT", parse_count, "{:_}".format)
@@ -639,7 +637,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """Read the command line; with --resume or --evaluate all other arguments are the run's."""
+    """Read the command line; --resume and --evaluate allow no change but to what is `free`."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment
@@ -670,7 +668,7 @@ def parse_args(args_class: type) -> Any:
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
-    with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended its reader, such as tee
         tqdm.write(message, file=sys.stderr)
     sys.exit(code)
 
@@ -718,7 +716,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def making(args: Any) -> Iterator[None]:
-    """Turn what keeps an environment from being made into a one-line exit."""
+    """If the environment cannot be made, end with one line that says why."""
     try:
         yield
     except Exception as error:  # environments refuse --env-kwargs in many ways
@@ -729,7 +727,7 @@ def making(args: Any) -> Iterator[None]:
 
 
 def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
-    """The environment with vectors to observe; what cannot be made one, as pictures, is refused."""
+    """The environment with flat vectors as observations. Pictures and texts are refused."""
     space, numbers = env.observation_space, (gym.spaces.Box, gym.spaces.Discrete)
     numbers += (gym.spaces.MultiBinary, gym.spaces.MultiDiscrete)
     parts = {"it": space}
@@ -780,7 +778,7 @@ class ReplayableEnv(gym.Wrapper):
 
     @property
     def snapshot(self) -> dict[str, np.ndarray]:
-        """What restores the environment; setting it does so."""
+        """The saved state; assigning one restores it."""
         return {name: np.array(getattr(self, name)) for name in self.SAVED}
 
     @snapshot.setter
@@ -800,7 +798,7 @@ class ReplayableEnv(gym.Wrapper):
 
 
 def close(envs: gym.Env | VectorEnv) -> None:
-    """Close environments, once. An error in that costs a line, not the run."""
+    """Close environments, once. An error in closing is only a warning."""
     if not getattr(envs, "closed", False):
         for env in getattr(envs, "envs", [envs]):
             try:  # without waiting for a process that is dead or in the middle of a step
@@ -811,9 +809,9 @@ def close(envs: gym.Env | VectorEnv) -> None:
 
 
 class Run:
-    """A run and its folder. Knows nothing of the algorithm.
+    """A run and its folder. It depends on no algorithm.
 
-    `state` names everything else that must survive a kill; each part has state_dict() and
+    `state` names all else that a checkpoint must hold; each part has state_dict() and
     load_state_dict(). Evaluation needs all parts but those whose names end as in TRAINING_ONLY.
     `policy` maps one observation to the deterministic action.
     """
@@ -840,10 +838,6 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
-    @property
-    def finished(self) -> bool:
-        return self.global_step >= self.args.total_timesteps
-
     def again(self, flag: str = "--resume") -> str:
         """A command that can be pasted anywhere."""
         return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
@@ -869,11 +863,11 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn a write error into a one-line exit; complete files stay intact."""
+        """If writing fails, end with one line; complete files stay intact."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-            way_out = f"make room, then {self.again()}, or name another --run-dir"
+            way_out = f"free space, then {self.again()}, or name another --run-dir"
             stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
 
     def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
@@ -972,7 +966,7 @@ class Run:
         self.wandb.define_metric("*", step_metric="global_step")
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Note the first signal; end at once if another comes, but not with it (parents repeat)."""
+        """Note the first signal. A repeat within 2 s is ignored; a later signal ends at once."""
         if self.signal and time.monotonic() > self.signal_time + 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -992,12 +986,12 @@ class Run:
         snapshots = self.envs.get_attr("snapshot")
         checkpoint["envs"] = [{k: torch.from_numpy(x) for k, x in s.items()} for s in snapshots]
         checkpoint |= {name: getattr(self, name) for name in self.SAVED}
-        checkpoint["torch_rng"] = torch.get_rng_state()  # not used here, but by copies perhaps
+        checkpoint["torch_rng"] = torch.get_rng_state()  # for copies of this script that use it
         with self.writing():
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def restore(self) -> int:
-        """Load the checkpoint; --evaluate leaves out what only trains. Returns its global step."""
+        """Load the checkpoint; --evaluate omits TRAINING_ONLY parts. Returns its global step."""
         path = self.dir / "checkpoint.pt"
         if self.args.resume and not path.exists():
             return 0  # killed before its first checkpoint
@@ -1019,6 +1013,7 @@ class Run:
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log; save and evaluate where it is due; end the run if a signal asked for it."""
         previous, self.global_step = self.global_step, global_step
+        finished = global_step >= self.args.total_timesteps
 
         def passed(frequency: int) -> bool:
             return frequency > 0 and global_step // frequency > previous // frequency
@@ -1035,23 +1030,22 @@ class Run:
         metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
         self.result = {}
-        self.eval_due = passed(self.args.eval_frequency) and not self.finished
-        due = self.finished or self.eval_due or passed(self.args.checkpoint_frequency)
+        self.eval_due = passed(self.args.eval_frequency) and not finished
+        due = finished or self.eval_due or passed(self.args.checkpoint_frequency)
         if saved := bool(due or self.signal):
             self.save_checkpoint()  # first, as evaluations take long and environments fail
         self.show_progress(metrics["charts/SPS"])
         if self.eval_due:
             self.evaluate()
-        if saved and not self.finished:
+        if saved and not finished:
             self.stop_if_asked()
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""
         bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
-            if not name.endswith(self.TRAINING_ONLY):
-                tensors = [x for x in part.state_dict().values() if isinstance(x, Tensor)]
-                bad += [name for tensor in tensors if not tensor.isfinite().all()]
+            tensors = () if name.endswith(self.TRAINING_ONLY) else part.state_dict().values()
+            bad += [name for x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
             kept = "is kept" if (self.dir / "checkpoint.pt").exists() else "was not due yet"
             stop(f"error: {bad[0]} not finite at step {self.global_step}; a checkpoint {kept}", 3)
