@@ -87,6 +87,7 @@ ROWS = {
     "PPO, Pong, --compile, bfloat16": Row("ppo_atari.py", GAMES + FAST, *PPO_PONG, threads=2),
     "DQN, Pong": Row("dqn.py", PONG, *ATARI),
     "DQN, Pong, --compile": Row("dqn.py", PONG + " --compile", *ATARI),
+    "DQN, Pong, --compile, bfloat16": Row("dqn.py", PONG + FAST, *ATARI),
 }
 WORK = """PPO: 8 environments x 256 steps, 10 epochs, minibatches of 64, 64-64 tanh networks,
 observations and rewards normalised, advantages computed once a rollout. A2C: 16 environments x 5
