@@ -440,10 +440,10 @@ def train(args: Args) -> None:
         # 4. Update
         if args.norm_adv and batch_size > 1:  # the std of one sample is not defined
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        batch = to_network(observed), actions, advantages, returns
-        inputs, actions, advantages, targets = (x.flatten(0, 1) for x in batch)
+        inputs, targets = to_network(observed).flatten(0, 1), returns.flatten()
         optimizer.zero_grad()
-        update_metrics.append(metrics | gradient_step(inputs, actions, advantages, targets))
+        step_metrics = gradient_step(inputs, actions.flatten(0, 1), advantages.flatten(), targets)
+        update_metrics.append(metrics | step_metrics)
         optimizer.step()
         for _ in range(args.critic_steps - 1):
             optimizer.zero_grad()
