@@ -89,11 +89,12 @@ def table(rows: list[Row], sources: list[str]) -> str:
     """Final evaluations of one script beside published numbers; adds to the list of sources."""
     lines = [
         f"| `{rows[0].script}.py` | steps | mean ± std | 95 % interval of the mean | seeds |"
-        " best published | CleanRL |",
-        "|---|---|---|---|---|---|---|",
+        " best published | best published final | CleanRL |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        best, cleanrl = (published_cell(row, label, sources) for label in ("best", "CleanRL"))
+        labels = ("best", "final", "CleanRL")
+        published = [published_cell(row, label, sources) for label in labels]
         line, ours, around = summary(row), "", ""
         seeds = f"{line['seeds']}" + (f" of {line['runs']}" if line["seeds"] < line["runs"] else "")
         if row.done:
@@ -103,7 +104,7 @@ def table(rows: list[Row], sources: list[str]) -> str:
                 around = f"[{low}, {high}]"
                 ours = f"**{ours}**" if line["mean"] >= line["best_published"] else ours
         cells = [row.heading, steps(line["steps"]), ours, around]
-        lines.append(f"| {' | '.join([*cells, seeds, best, cleanrl])} |")
+        lines.append(f"| {' | '.join([*cells, seeds, *published])} |")
     return "\n".join([*lines, ""])
 
 

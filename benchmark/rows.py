@@ -267,7 +267,7 @@ def left_out(rows: list[Row]) -> dict[str, str]:
 def summary(row: Row) -> dict:
     """One line of a table of results."""
     low, high = stats.mean_interval(row.finals) if len(row.done) else (np.nan, np.nan)
-    best = row.published("best")
+    best, final = row.published("best"), row.published("final")
     return {
         "script": f"{row.script}.py",
         "environment": row.environment,
@@ -281,6 +281,7 @@ def summary(row: Row) -> dict:
         "seeds": len(row.done),
         "runs": len(row.runs),
         "best_published": float(best["mean"]) if best else np.nan,
+        "best_published_final": float(final["mean"]) if final else np.nan,
     }
 
 

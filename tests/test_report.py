@@ -186,8 +186,9 @@ def test_a_table_by_hand(tmp_path):
     cells = [cell.strip() for cell in rows_of(text)[0].split("|")]
     assert cells[2] == "1k" and cells[3] == "400 ± 354" and cells[4] == "[-39, 839]"
     assert cells[5] == "5" and cells[6].startswith("2761 ± 927 [1]")
-    assert cells[7].startswith("2383 ± 272 [2]")
+    assert cells[7].startswith("2370 ± 696 [2]") and cells[8].startswith("2383 ± 272 [3]")
     assert "[1] Hopper-v2, 1M steps: best mean score over training evaluations, 3 seeds; " in text
+    assert "[2] Hopper-v3, 1M steps: final evaluation of the seeds, 10 seeds; " in text
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
 
 
@@ -495,7 +496,8 @@ def test_tables_as_csv(tmp_path):
     fake(tmp_path / "runs" / "4", seed=4, final=None)
     make(tmp_path / "runs", out=tmp_path / "out")
     mine, ours = read_csv(tmp_path / "out" / "results.csv")
-    assert mine["script"] == "mine.py" and mine["best_published"] == ""
+    assert mine["script"] == "mine.py"
+    assert mine["best_published"] == mine["best_published_final"] == ""
     finals = np.array([100.123, 200, 301])
     low, high = stats.mean_interval(finals)
     expected = {"mean": finals.mean(), "std": finals.std(ddof=1), "low": low, "high": high}
