@@ -87,7 +87,7 @@ class Args:
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"
     """Optimizer; rmsprop in TensorFlow's form, as in OpenAI Baselines."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
-    """Matrix products: float32 (highest), faster, less exact (medium), bfloat16 (Atari only)."""
+    """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
     """Discount factor per environment step; 1 only where no time limit ends an episode."""
     gae_lambda: float = Default(0.95, atari=1.0)
@@ -840,7 +840,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """Read the command line; --resume and --evaluate allow no change but to what is `free`."""
+    """Read the command line. --resume and --evaluate take most arguments from the run folder."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment

@@ -89,7 +89,7 @@ class Args:
     loss: Literal["huber", "squared"] = Default("squared", atari="huber")
     """Loss of the TD error; the gradient of huber is the error clipped to [-1, 1]."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
-    """Matrix products: float32 (highest), faster, less exact (medium), bfloat16 (Atari only)."""
+    """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
     """Discount factor per environment step; 1 only where no time limit ends an episode."""
     buffer_size: Count = Default(50_000, atari=1_000_000)
@@ -654,7 +654,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """Read the command line; --resume and --evaluate allow no change but to what is `free`."""
+    """Read the command line. --resume and --evaluate take most arguments from the run folder."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment

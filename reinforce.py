@@ -671,7 +671,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_args(args_class: type) -> Any:
-    """Read the command line; --resume and --evaluate allow no change but to what is `free`."""
+    """Read the command line. --resume and --evaluate take most arguments from the run folder."""
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment

@@ -232,7 +232,9 @@ def readme_with_results() -> str:
     for script, rows in collected().items():
         image = f"![Learning curves of {script}.py](benchmark/results/{script}.png)"
         sources: list[str] = []
-        parts += [table(rows, sources), *([left] if (left := unfinished(rows)) else [])]
+        parts.append(table(rows, sources))
+        if left := unfinished(rows):
+            parts.append(left)
         parts += [image, "", details(rows, sources)]
         everything += rows
     enough = [row for row in everything if len(row.done) >= FEWEST]  # to compare scripts with

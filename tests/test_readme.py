@@ -184,8 +184,8 @@ def test_a_task_of_a_job_array(tmp_path):
     assert begin().wait(200) == 0 and checkpoint(folder)["global_step"] == 20_480
     assert begin().wait(60) == 0 and script.exists()  # complete: nothing to do
     assert (
-        "#SBATCH --array=1-340 " in array
-        and len(plan("mujoco", "--dry-run").stdout.splitlines()) == 340
+        "#SBATCH --array=1-345 " in array
+        and len(plan("mujoco", "--dry-run").stdout.splitlines()) == 345
     )
 
 
