@@ -701,6 +701,11 @@ def test_the_readme_folds_sources_and_compares_from_three_seeds_on(collected, mo
     results.collect(fake(collected / "run3", seed=3))
     text = report.readme_with_results()
     assert "side by side" in text and "Not compared" not in text
+    assert "Not in the numbers" not in text
+    results.collect(fake(collected / "run4", seed=4, final=None))
+    text = report.readme_with_results()
+    assert "Not in the numbers:\n\n- ppo_continuous.py Hopper-v5" in text
+    assert " seed 4: unfinished at step " in text
 
 
 def test_every_script_is_known():
