@@ -5,7 +5,7 @@ few steps in each of many environments. The critic V serves twice: as the baseli
 returns are better than expected, and as an estimate of what comes after these few steps. Mnih et
 al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438, whose lambda says after
 how many rewards V is used. 1: after all num_steps, as in the paper of Mnih et al. (n-step returns);
-0: after one (TD error); between them: a mixture of both.
+0: after one (TD error); between them: a mixture of all these lengths.
 
     for each update:
         run the policy for num_steps in each of num_envs environments
@@ -27,9 +27,9 @@ Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
 - With vector observations: separate networks, and several steps of the critic on each batch, but
-  one of the policy (its gradient is right only for the policy that acted); lambda of 0.95; and
-  observations, rewards and advantages normalised as in arXiv:2005.12729.
-- On Atari: DQN's network (Nature, 2015); Baselines' step size, clipping and 1/4 of the value loss.
+  one of the policy (its gradient is right only for the policy that acted); lambda of 0.95;
+  normalised advantages; and normalised observations and scaled rewards as in arXiv:2005.12729.
+- On Atari: DQN's network (Nature, 2015); Baselines' step size and clipping; 1/4 of the value loss.
 """
 
 from __future__ import annotations
@@ -596,7 +596,7 @@ def due(step: int, frequency: int) -> bool:
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of everything that `update` has seen. Shapes: mean, var (dim,)."""
+    """Mean and variance of what `update` has seen; at first 0 and 1. Shapes: mean, var (dim,)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -687,7 +687,7 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops. After a lost life, FIRE is
+    two of 4 emulated ones. A game starts with FIRE and up to 28 no-ops. After a lost life, FIRE is
     pressed whatever the action, as Breakout would wait for it. `lives` counts those left.
     """
 
@@ -1116,7 +1116,7 @@ class Run:
         held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
         self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
         LOCKS[self.dir.resolve()] = self.script
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
+        with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some disks no locks
             import fcntl
             if held:
                 fcntl.flock(held, fcntl.LOCK_UN)

@@ -392,7 +392,7 @@ def train(args: Args) -> None:
     end_episodes(buffer, run.lost_episodes)
     run.begin()
     obs, lives = np.stack(envs.get_attr("obs")), count_lives(args, envs)
-    minibatch_metrics = []
+    update_metrics = []
     iteration_steps = math.ceil(args.log_frequency / args.num_envs) * args.num_envs
     last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
 
@@ -422,10 +422,10 @@ def train(args: Args) -> None:
             terminations = terminations | ((lives < last_lives) & ~dones)
         buffer.add(last_obs, actions, rewards, next_obs, terminations, dones)
 
-        # Single steps, so that frequencies hold for any num_envs. Two rows of each may be unusable.
+        # Single steps, so that frequencies hold for any num_envs.
         for _ in range(args.num_envs):
             global_step += 1
-            learns = global_step >= args.learning_starts and buffer.filled > 2 * args.num_envs
+            learns = global_step >= args.learning_starts and buffer.tree.levels[0].any()
             if learns and due(global_step, args.train_frequency):
                 # 3. Targets
                 indices, probabilities, batch = buffer.sample(args.batch_size, rng)  # B, eq. 1
@@ -447,7 +447,7 @@ def train(args: Args) -> None:
                 step_metrics, td_errors = gradient_step(batch.obs, batch.actions, targets, weights)
                 optimizer.step()
                 buffer.set_priorities(indices, td_errors.cpu().numpy())  # B, 3.3
-                minibatch_metrics.append(step_metrics)
+                update_metrics.append(step_metrics)
             if due(global_step, args.target_frequency):
                 polyak_update(target_network, q_network, args.tau)
 
@@ -455,9 +455,9 @@ def train(args: Args) -> None:
         if due(global_step, iteration_steps):
             metrics = {"charts/epsilon": epsilon}
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            for name in minibatch_metrics[0] if minibatch_metrics else ():
-                metrics[name] = torch.stack([x[name] for x in minibatch_metrics]).mean().item()
-            minibatch_metrics = []
+            for name in update_metrics[0] if update_metrics else ():
+                metrics[name] = torch.stack([x[name] for x in update_metrics]).mean().item()
+            update_metrics = []
             run.end_iteration(global_step, metrics)
     run.finish()
 
@@ -598,7 +598,7 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops. After a lost life, FIRE is
+    two of 4 emulated ones. A game starts with FIRE and up to 28 no-ops. After a lost life, FIRE is
     pressed whatever the action, as Breakout would wait for it. `lives` counts those left.
     """
 
@@ -1015,7 +1015,7 @@ class Run:
         held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
         self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
         LOCKS[self.dir.resolve()] = self.script
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
+        with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some disks no locks
             import fcntl
             if held:
                 fcntl.flock(held, fcntl.LOCK_UN)

@@ -8,7 +8,7 @@ end of an episode. Schulman et al. 2017, arXiv:1707.06347; equation numbers are 
         run the policy for num_steps in each of num_envs games                  (Algorithm 1)
         delta_t = r_t + gamma V(s_t+1) - V(s_t)                                 (eq. 12)
         A_t = delta_t + gamma lambda A_t+1, R_t = A_t + V(s_t)                  (eq. 11, recursive)
-        (no V(s_t+1) after a termination, no A_t+1 after the end of any episode)
+        (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or rollout)
         for each epoch and each minibatch:
             ratio = pi(a|s) / pi_old(a|s)                                       (section 3)
             L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)           (eq. 7)
@@ -235,7 +235,7 @@ def compute_gae(
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """KL(old, new) in nats, estimated from actions of the old policy. Unbiased, never negative.
+    """KL(old, new) in nats, from actions of the old policy. Unbiased; 0 or more, up to rounding.
 
     log_ratio is log pi(a|s) - log pi_old(a|s); the gradient through it is unbiased as well.
 
@@ -466,7 +466,7 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and up to 30 no-ops. After a lost life, FIRE is
+    two of 4 emulated ones. A game starts with FIRE and up to 28 no-ops. After a lost life, FIRE is
     pressed whatever the action, as Breakout would wait for it. `lives` counts those left.
     """
 
@@ -847,7 +847,7 @@ class Run:
         held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
         self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
         LOCKS[self.dir.resolve()] = self.script
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
+        with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some disks no locks
             import fcntl
             if held:
                 fcntl.flock(held, fcntl.LOCK_UN)

@@ -238,7 +238,7 @@ def compute_gae(
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """KL(old, new) in nats, estimated from actions of the old policy. Unbiased, never negative.
+    """KL(old, new) in nats, from actions of the old policy. Unbiased; 0 or more, up to rounding.
 
     log_ratio is log pi(a|s) - log pi_old(a|s); the gradient through it is unbiased as well.
 
@@ -482,7 +482,7 @@ def check_args(args: Args) -> None:
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of everything that `update` has seen. Shapes: mean, var (dim,)."""
+    """Mean and variance of what `update` has seen; at first 0 and 1. Shapes: mean, var (dim,)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -928,7 +928,7 @@ class Run:
         held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
         self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
         LOCKS[self.dir.resolve()] = self.script
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
+        with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some disks no locks
             import fcntl
             if held:
                 fcntl.flock(held, fcntl.LOCK_UN)

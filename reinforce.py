@@ -6,8 +6,8 @@ return of a single episode is very noisy. The two ideas that reduce the noise ar
 --reward-to-go: rewards from before an action say nothing about it, and are left out. --baseline: a
 number b is subtracted from the return. If the action has no influence on its own b, this changes
 nothing on average, because the gradient of log pi(a|s) is 0 on average. Williams 1992,
-doi:10.1007/BF00992696; with V(s) as baseline: Sutton et al. 1999, "Policy gradient methods for
-reinforcement learning". Equation and section numbers are those of arXiv:1506.02438.
+doi:10.1007/BF00992696; with V(s) as baseline: Sutton et al. 1999 (NIPS 12, pages 1057 to 1063).
+Equation and section numbers are those of arXiv:1506.02438.
 
     for each iteration:
         play one whole episode in each of num_envs environments
@@ -320,7 +320,8 @@ def optimal_baseline(scores: Tensor, gradients: Tensor) -> Tensor:
     Shapes: (N, P), (N, P) -> (N,). Source: Greensmith et al. 2004, section 4.
     """
     products, squares = (scores * gradients).sum(1), scores.square().sum(1)
-    return (products.sum() - products) / (squares.sum() - squares)
+    others = 1 - torch.eye(len(scores)).to(scores)  # row n: all episodes but n
+    return (others @ products) / (others @ squares).clamp(min=1e-30)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
@@ -395,7 +396,7 @@ def train(args: Args) -> None:
         envs.set_attr("waiting", False)  # all begin their next episode
         obs, playing = np.stack(envs.get_attr("obs")), np.ones(args.num_envs, np.bool_)
         steps = []
-        while playing.any() and len(steps) < LONGEST_EPISODE:
+        while playing.any() and len(steps) < LONGEST_EPISODE:  # a longer one counts as ended
             # 1. Act
             with torch.no_grad():
                 policy = actor(to_network(obs))
@@ -456,8 +457,7 @@ def train(args: Args) -> None:
             "losses/grad_norm": gradients.mean(0).norm().item(),  # before --norm-adv
         }
         if args.num_envs > 1:  # variance of the mean over the episodes, summed over parameters
-            variance = gradients.var(0).sum() / args.num_envs
-            metrics["losses/gradient_variance"] = variance.item()
+            metrics["losses/gradient_variance"] = (gradients.var(0).sum() / args.num_envs).item()
         if args.baseline == "value":
             inputs, returns = normed_obs[mask], returns[mask]
             values = values[mask]
@@ -499,7 +499,7 @@ def check_args(args: Args) -> None:
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of everything that `update` has seen. Shapes: mean, var (dim,)."""
+    """Mean and variance of what `update` has seen; at first 0 and 1. Shapes: mean, var (dim,)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -947,7 +947,7 @@ class Run:
         held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
         self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
         LOCKS[self.dir.resolve()] = self.script
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
+        with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some disks no locks
             import fcntl
             if held:
                 fcntl.flock(held, fcntl.LOCK_UN)

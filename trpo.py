@@ -29,8 +29,8 @@ Deviations from the paper:
 - F is damped, and from all samples, not a tenth. Delta falls to 0, so that the policy settles.
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
-- Observations, rewards and advantages are normalised as in arXiv:2005.12729. The statistics of the
-  observations change after the step, and with them the policy a little.
+- Advantages are normalised; observations and rewards too, as in arXiv:2005.12729. The statistics of
+  the observations change after the step, and with them the policy a little.
 """
 
 from __future__ import annotations
@@ -576,7 +576,7 @@ def set_parameters(parameters: list[nn.Parameter], vector: Tensor) -> None:
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of everything that `update` has seen. Shapes: mean, var (dim,)."""
+    """Mean and variance of what `update` has seen; at first 0 and 1. Shapes: mean, var (dim,)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -1025,7 +1025,7 @@ class Run:
         held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
         self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
         LOCKS[self.dir.resolve()] = self.script
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
+        with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some disks no locks
             import fcntl
             if held:
                 fcntl.flock(held, fcntl.LOCK_UN)

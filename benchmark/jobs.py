@@ -100,7 +100,8 @@ def tail(path: Path, size: int = 65536) -> list[str]:
 def last_metrics(folder: Path) -> dict:
     """The last line of metrics.jsonl; {} where there is none or it is torn."""
     try:
-        return json.loads(tail(folder / "metrics.jsonl")[-1])
+        line = json.loads(tail(folder / "metrics.jsonl")[-1])
+        return line if isinstance(line, dict) else {}
     except (IndexError, ValueError):
         return {}
 
@@ -120,7 +121,7 @@ def status(job: Job, folder: Path | None = None) -> str:
         last = last_metrics(folder)
         done = last.get("global_step", 0) >= run["args"]["total_timesteps"]
         return "complete" if done and last.get("eval/episodes") else "begun"
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError):
         return "other"
 
 
@@ -185,14 +186,14 @@ def command(job: Job, python: str = sys.executable, relative: bool = False) -> l
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds the file's lock."""
+    """Whether another process holds the file's lock. Raises: OSError where there are no locks."""
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except FileNotFoundError:
         return False
-    except OSError:
+    except BlockingIOError:
         return True
 
 
@@ -207,17 +208,23 @@ def locked(job: Job) -> bool:
 
 
 def lock(job: Job) -> IO | None:
-    """The job's log, open and locked; None where another process runs the job."""
+    """The job's log, open and locked; None where another process runs the job. Raises: OSError."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     file = open(job.log, "a")  # noqa: SIM115  stays open: the lock lives with it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not in_use(job.folder):
             return file
-    except OSError:
+    except BlockingIOError:
         pass
     file.close()
     return None
+
+
+def cores() -> int:
+    """How many this process may use."""
+    known = hasattr(os, "sched_getaffinity")  # Linux
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def die_with_parent() -> None:

@@ -145,6 +145,7 @@ def draw_curves(
                 curve = curve_of(run, returns, axis, smooth)
                 line = panel.plot(*curve, color=color)[0]
                 line.set(alpha=0.35, linewidth=0.7, linestyle="-" if run["eval"] else ":")
+                line.set(marker="o" if curve.shape[1] == 1 else "", markersize=4)
                 drawn.append(curve)
                 finished += [curve] if run["eval"] else []
             places, curves = common_curve(finished)

@@ -27,6 +27,8 @@ def play(env_id: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     for name in sys.argv[1:]:
         x = play(name)
         source = "measured: python -m benchmark.random_policy"

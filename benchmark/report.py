@@ -37,6 +37,8 @@ from benchmark.rows import (
 )
 from benchmark.stats import FEWEST
 
+MADE = """report.md results.csv runs.csv pairs.csv scores.csv curves.png curves.pdf profiles.png
+profiles.pdf""".split()
 BEGIN, END = "<!-- results: python -m benchmark.report -->", "<!-- end of results -->"
 
 
@@ -210,7 +212,7 @@ def comparison(rows: list[Row]) -> str:
         cells = [code(pair["x"]), code(pair["y"]), chance, str(pair["environments"])]
         lines.append(f"| {' | '.join(cells)} |")
     if mixed := mixtures(rows):
-        lines += ["", f"Mind that these differ in more than the algorithm: {'; '.join(mixed)}."]
+        lines += ["", f"Careful, not only the algorithm differs: {'; '.join(mixed)}."]
     return "\n".join([*lines, "", *(left if several else [])])
 
 
@@ -227,7 +229,10 @@ def collected() -> dict[str, list[Row]]:
 def readme_with_results() -> str:
     """README.md with the part between the markers made anew."""
     text = (ROOT / "README.md").read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md lacks the lines {BEGIN} and {END}")
     parts, everything = [], []
     for script, rows in collected().items():
         image = f"![Learning curves of {script}.py](benchmark/results/{script}.png)"
@@ -282,6 +287,8 @@ def write_report(paths: list[Path], out: Path, **curves) -> list[str]:
     problems += repeated
     rows = group(runs)
     out.mkdir(parents=True, exist_ok=True)
+    for name in MADE:  # nothing of an earlier report stays
+        (out / name).unlink(missing_ok=True)
     parts = ["# Results\n"]
     for script in dict.fromkeys(row.script for row in rows):
         mine, sources = [row for row in rows if row.script == script], []
@@ -328,9 +335,14 @@ def main() -> None:
         parser.error("--smooth must be at least 1")
     curves = {"axis": options.xaxis, "returns": options.returns, "smooth": options.smooth}
     try:
+        if not options.runs and len(sys.argv) > 1:
+            parser.error("which runs? Without any argument, README.md is made anew")
         if not options.runs:
             return write_readme()
         problems = write_report(options.runs, options.out, **curves)
+    except ImportError as error:
+        print(f"error: {error}: pip install -r benchmark/requirements.txt", file=sys.stderr)
+        sys.exit(2)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -39,7 +39,21 @@ NEUTRAL_PARTS = set(
     """SCRIPT SHA256 LOCKS parse_count flag_type Count Json Text require check_run_args parse_args
     stop warn describe making close Run LeadingRun FollowingRun make_run""".split()
 )
-MAIN = ast.dump(ast.parse('if __name__ == "__main__":\n    train(parse_args(Args))').body[0])
+
+
+def dump(node: object) -> str:
+    """A syntax tree as text, the same in every version of Python, which ast.dump's is not."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = [(name, dump(value)) for name, value in ast.iter_fields(node)]
+    # A newer version may add fields, which are empty in code that does not use them.
+    kept = [f"{name}={text}" for name, text in parts if text not in ("None", "[]")]
+    return f"{type(node).__name__}({', '.join(kept)})"
+
+
+MAIN = dump(ast.parse('if __name__ == "__main__":\n    train(parse_args(Args))').body[0])
 
 
 def code_hash(path: Path) -> str:
@@ -59,7 +73,7 @@ def hash_of_text(text: str) -> str:
     kept += [node for node in below if names(node) & set(STEPPING)]
     ours = {*STEPPING, *NEUTRAL_PARTS}
     more = [part for part in tree.body if part.lineno > end and not names(part) & ours]
-    kept += [part for part in more if ast.dump(part) != MAIN]
+    kept += [part for part in more if dump(part) != MAIN]
     docstring = tree.body[0] if ast.get_docstring(tree) else None
     kept = [part for part in kept if part is not docstring]
     for node in (node for part in kept for node in ast.walk(part)):
@@ -73,7 +87,7 @@ def hash_of_text(text: str) -> str:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in SAYING:
             node.args = [part for part in node.args if not isinstance(part, ast.JoinedStr)]
             node.args = [part for part in node.args if not isinstance(part, ast.Constant)]
-    return hashlib.sha256("".join(map(ast.dump, kept)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(dump, kept)).encode()).hexdigest()
 
 
 def relevant(arguments: dict) -> dict:
@@ -94,7 +108,7 @@ def thin(lines: list[dict], total: int) -> list[tuple[int, float, float]]:
     """
     bins = defaultdict(list)
     for line in lines:
-        if "charts/episodes" in line:
+        if line.get("charts/episodes") and "charts/episodic_return" in line:  # left out: not finite
             place = min(POINTS, -(-line["global_step"] * POINTS // total))
             bins[place].append(line)
     curve = []
@@ -139,19 +153,26 @@ def read_run(run_dir: Path) -> dict:
     says so. Raises: ValueError, naming what is wrong.
     """
     try:
-        run = json.loads((run_dir / "args.json").read_text())
-        args, script = run["args"], run["script"]
-        total = args["total_timesteps"]
-        run["args"] = {key: value for key, value in args.items() if key != "run_dir"}
-        lines = read_metrics(run_dir / "metrics.jsonl")
-        run["code_hash"] = code_hash(run_dir / script)
-        run["title"] = title(run_dir.name, args["env_id"])
-        known = run_dir / "hardware.txt"  # jobs of a sweep have it
-        run["hardware"] = known.read_text().strip() if known.exists() else None
+        return read_parts(run_dir)
     except FileNotFoundError as error:
         raise ValueError(f"{run_dir}: no {Path(error.filename).name}: not a whole run") from None
-    except (json.JSONDecodeError, KeyError, TypeError, SyntaxError) as error:
-        raise ValueError(f"{run_dir}: not a whole run: {error!r}") from None
+    except Exception as error:  # a damaged file can raise anything
+        text = str(error) if str(run_dir) in str(error) else f"{run_dir}: {error!r}"
+        raise ValueError(f"{text}: not a whole run") from None
+
+
+def read_parts(run_dir: Path) -> dict:
+    """The same of a folder that is not damaged."""
+    run = json.loads((run_dir / "args.json").read_text())
+    args, script = run["args"], run["script"]
+    total, _ = int(args["total_timesteps"]), int(args["seed"])
+    run["args"] = {key: value for key, value in args.items() if key != "run_dir"}
+    run["versions"] = dict(run.get("versions", {}))
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    run["code_hash"] = code_hash(run_dir / script)
+    run["title"] = title(run_dir.name, args["env_id"])
+    known = run_dir / "hardware.txt"  # jobs of a sweep have it
+    run["hardware"] = known.read_text().strip() if known.exists() else None
     last = lines[-1] if lines else {"global_step": 0, "wall_time": 0.0}
     final = {key[5:]: value for key, value in last.items() if key.startswith("eval/")}
     done = last["global_step"] >= total and "episodes" in final
@@ -201,7 +222,8 @@ def run_folders(paths: Iterable[Path]) -> list[Path]:
 def collect(run_dir: Path) -> Path:
     """Add one run to the results.
 
-    Raises: ValueError if it is not a whole run, or would replace a better one.
+    Raises: ValueError if it is not a whole run, or would replace one that is finished by one that
+    is not, or one of other arguments.
     """
     run = read_run(run_dir)
     args, curve = run["args"], run.pop("curve")
@@ -209,7 +231,10 @@ def collect(run_dir: Path) -> Path:
     folder = RESULTS / Path(run["script"]).stem / folder_name(run["title"])
     folder.mkdir(parents=True, exist_ok=True)
     meta = folder / "meta.json"
-    runs = json.loads(meta.read_text()) if meta.exists() else {}
+    try:
+        runs = json.loads(meta.read_text()) if meta.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{meta}: {error}") from None
     if old := runs.get(str(args["seed"])):
         if old["eval"] and not run["eval"]:
             raise ValueError(f"{run_dir}: {meta} has a finished run of this seed, this one is not")

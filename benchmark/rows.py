@@ -5,6 +5,7 @@ but the seed. A contender is what has one colour in a picture: a script, or a sc
 of a group of a suite, such as "ppo_continuous.py, gae-lambda 0.5".
 """
 
+import contextlib
 import json
 import tomllib
 from collections import defaultdict
@@ -26,6 +27,7 @@ ALGORITHMS = {
     "dqn": "DQN",
     "double_dqn_per": "Double DQN + PER",
 }  # under which names results are published; a script of the user's own needs none
+PUBLISHED = {"best_published": "best", "best_published_final": "final", "cleanrl": "CleanRL"}
 LIBRARIES = ("torch", "gymnasium", "mujoco", "ale_py")
 SUITES = ROOT / "benchmark" / "suites"
 
@@ -115,9 +117,8 @@ def group(runs: list[dict]) -> list[Row]:
     for row in rows:
         named[row.env_id, row.kwargs].add(row.name)
     for row in rows:  # arguments of the environment that always have the same name are its own
-        row.name_is_of_environment = bool(row.kwargs) and named[row.env_id, row.kwargs] == {
-            row.name or None
-        }
+        always = named[row.env_id, row.kwargs] == {row.name}
+        row.name_is_of_environment = bool(row.kwargs and row.name) and always
     together = defaultdict(list)
     for row in rows:
         together[row.contender, row.environment].append(row)
@@ -160,7 +161,7 @@ def best_published(env_id: str) -> float | None:
 def normalised(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
     """contender -> environment -> scores: 0 is random, 1 the best published of any algorithm.
 
-    Where a contender has several rows of one environment, none of them counts: which would be it?
+    Where a contender has several rows of one environment, none of them counts, as none is its own.
     """
     scores: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     for row in rows:
@@ -178,12 +179,13 @@ def families(rows: list[Row], whole_suites: bool = False) -> list[list[Row]]:
     """The rows in parts: the environments that a suite, or each group of its runs, has together."""
     suites = [path for path in sorted(SUITES.glob("*.toml")) if path.stem != "smoke"]
     found, rest = [], rows
-    for suite in (tomllib.loads(path.read_text())["runs"] for path in suites):
+    for path in suites:
         env_ids = []
-        for part in suite:
-            other = f", {part.get('name')}" if "--env-kwargs" in part.get("args", []) else ""
-            env_ids.append({env_id + other for env_id in part["env_ids"]})
-        for together in [set.union(*env_ids)] if whole_suites else env_ids:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a user's
+            for part in tomllib.loads(path.read_text())["runs"]:
+                other = f", {part.get('name')}" if "--env-kwargs" in part.get("args", []) else ""
+                env_ids.append({env_id + other for env_id in part["env_ids"]})
+        for together in [set().union(*env_ids)] if whole_suites else env_ids:
             found.append([row for row in rest if row.environment in together])
             rest = [row for row in rest if row.environment not in together]
     return [part for part in [*found, rest] if part]
@@ -234,22 +236,28 @@ def mixtures(rows: list[Row]) -> list[str]:
         keys = {key for row in several for key in row.arguments} - {"env_kwargs", "total_timesteps"}
         differ = [k for k in sorted(keys) if len({str(r.arguments.get(k)) for r in several}) > 1]
         if len({row.code for row in several}) > 1:
-            differ = ["code"]
-        said += [f"{name} has not the same {', '.join(differ)} everywhere"] if differ else []
+            differ = ["code", *differ]
+        what = ", ".join(differ)
+        said += [f"{name} does not have the same {what} on all environments"] if differ else []
     for env_id in dict.fromkeys(env_id for envs in found.values() for env_id in envs):
         of = {name: envs[env_id] for name, envs in found.items() if env_id in envs}
-        steps = {name: row.arguments["total_timesteps"] for name, row in of.items()}
-        if len(set(steps.values())) > 1:
-            each = ", ".join(f"{name} {count:,}" for name, count in steps.items())
-            said.append(f"steps on {env_id}: {each}")
+        for what in ("total_timesteps", "eval_episodes", *LIBRARIES):
+            values = {n: (r.libraries | r.arguments).get(what) for n, r in of.items()}
+            if len(set(values.values())) > 1:
+                each = ", ".join(f"{name} {value}" for name, value in values.items())
+                said.append(f"{what} on {env_id}: {each}")
     return said
 
 
 def left_out(rows: list[Row]) -> dict[str, str]:
     """What the measures over environments do not have -> the reason."""
     scores, shared = comparable(rows)
+    known_at_all = normalised(rows)
     few = {row.contender for row in rows if row.contender not in scores}
-    reasons = dict.fromkeys(sorted(few), "too few environments")
+    reasons = {
+        name: "too few environments" if name in known_at_all else "nothing to compare with"
+        for name in sorted(few)
+    }
     for row in (row for row in rows if row.contender not in few):
         if row.environment not in shared and row.done:
             missing = [name for name in scores if row.environment not in own(rows).get(name, {})]
@@ -267,7 +275,12 @@ def left_out(rows: list[Row]) -> dict[str, str]:
 def summary(row: Row) -> dict:
     """One line of a table of results."""
     low, high = stats.mean_interval(row.finals) if len(row.done) else (np.nan, np.nan)
-    best, final = row.published("best"), row.published("final")
+    published = {}
+    for column, label in PUBLISHED.items():
+        found = row.published(label) or {"mean": "nan", "std": "", "source": ""}
+        published[column] = float(found["mean"])
+        published[f"{column}_std"] = float(found["std"] or "nan")
+        published[f"{column}_source"] = found["source"]
     return {
         "script": f"{row.script}.py",
         "environment": row.environment,
@@ -280,8 +293,7 @@ def summary(row: Row) -> dict:
         "high": float(high),
         "seeds": len(row.done),
         "runs": len(row.runs),
-        "best_published": float(best["mean"]) if best else np.nan,
-        "best_published_final": float(final["mean"]) if final else np.nan,
+        **published,
     }
 
 

@@ -384,8 +384,11 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.tables) - tables.keys():
         parser.error(f"no table {', '.join(unknown)}: there are {', '.join(tables)}")
+    if options.pairs < 1:
+        parser.error("--pairs must be at least 1")
     for number, name in enumerate(options.tables or tables):
-        print() if number else None
+        if number:
+            print()
         tables[name](options.pairs, options.only)
 
 

@@ -78,19 +78,23 @@ def resample(scores: Sequence[np.ndarray], repetitions: int) -> list[np.ndarray]
     return [np.asarray(x)[rng.integers(0, len(x), (repetitions, len(x)))] for x in scores]
 
 
-def tails(scores: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Percentiles of the bootstrap that make a 95 % interval, further out than 2.5 and 97.5.
+def widening(scores: Sequence[np.ndarray]) -> float:
+    """How many of the bootstrap's standard deviations are half a 95 % interval.
 
-    Resampling n runs shows only (n - 1) / n of their variance, and takes this variance as known.
-    Source: Hesterberg 2015, arXiv:1411.5279, "expanded percentile interval".
+    Resampling n runs shows only (n - 1) / n of their variance, and few runs say little about it: so
+    Student's t, with the degrees of freedom of a sum of unequal variances. NaN for single runs. An
+    interquartile mean of few runs needs more, if one environment is much noisier than the others.
+    Sources: Hesterberg 2015, arXiv:1411.5279, section 3; Satterthwaite 1946, Biometrics Bulletin 2.
     """
-    counts = [len(x) for x in scores]
-    degrees = sum(counts) - len(counts)
-    if degrees == 0:
-        return 0.0, 100.0
-    shown = np.mean([1 - 1 / n for n in counts])
-    low = 100 * NORMAL.cdf(-student(degrees) / math.sqrt(shown))
-    return low, 100 - low
+    counts = np.array([len(x) for x in scores])
+    if min(counts) < 2:
+        return math.nan
+    variances = np.array([np.var(x, ddof=1) / len(x) for x in scores])  # of the means
+    if not variances.any():  # equal runs: no width, whatever the factor
+        return Z
+    degrees = variances.sum() ** 2 / (variances**2 / (counts - 1)).sum()
+    shown = (variances * (1 - 1 / counts)).sum() / variances.sum()
+    return student(int(degrees + 1e-9)) / math.sqrt(shown)
 
 
 def interval(
@@ -100,9 +104,11 @@ def interval(
 
     `statistic` maps (repetitions, runs) and weights (runs,) to (repetitions,).
     """
+    weights = equal_weights(scores)
     drawn = np.concatenate(resample(scores, REPETITIONS), axis=1)
-    low, high = np.percentile(statistic(drawn, equal_weights(scores)), tails(scores))
-    return float(low), float(high)
+    value = float(statistic(np.concatenate(scores), weights))
+    half = widening(scores) * float(statistic(drawn, weights).std())
+    return value - half, value + half
 
 
 def performance_profile(scores: Sequence[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
@@ -118,7 +124,9 @@ def profile_band(scores: Sequence[np.ndarray], thresholds: np.ndarray) -> np.nda
     """95 % stratified bootstrap interval of the profile. Shapes: (k,) -> (2, k)."""
     drawn = resample(scores, 2000)
     shares = np.mean([(x[:, :, None] > thresholds).mean(1) for x in drawn], axis=0)
-    return np.percentile(shares, tails(scores), axis=0)
+    half = widening(scores) * shares.std(0)
+    profile = performance_profile(scores, thresholds)
+    return np.clip([profile - half, profile + half], 0, 1)
 
 
 def better(x: np.ndarray, y: np.ndarray) -> np.ndarray:

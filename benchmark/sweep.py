@@ -26,7 +26,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -55,7 +55,7 @@ class Options:
     """More arguments for every job, as one word: --args="--compile --total-timesteps 2e6"."""
     run_root: Path | None = None
     """Where the run folders go; by default runs/{suite}. On a cluster a folder all nodes share."""
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    workers: int = field(default_factory=jobs.cores)
     """Jobs at once on this machine; by default one for each core."""
     retries: int = 2
     """How often a crashed or killed job is tried again, from its checkpoint."""
@@ -87,6 +87,10 @@ def wrong(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def say(text: str) -> None:
     """Print a line, even if what read the lines before (tee, head) has ended."""
     try:
@@ -104,6 +108,9 @@ def read_suite(name: str) -> dict:
     known = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
     try:
         suite = tomllib.loads(path.read_text())
+        runs = suite["runs"]
+        if not (isinstance(runs, list) and runs and all(isinstance(x, dict) for x in runs)):
+            wrong(f"suite {path}: runs is a list of groups, each below a line [[runs]]")
         for keys, known_keys in [(suite, SUITE_KEYS), *((x, GROUP_KEYS) for x in suite["runs"])]:
             if unknown := sorted(keys.keys() - set(known_keys)):
                 wrong(f"suite {path}: unknown {unknown[0]}: there are {', '.join(known_keys)}")
@@ -111,14 +118,17 @@ def read_suite(name: str) -> dict:
             for words in (group["scripts"], group["env_ids"], group.setdefault("args", [])):
                 if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                     wrong(f"suite {path}: scripts, env_ids and args are lists of strings")
+            if not (group["scripts"] and group["env_ids"]):
+                wrong(f"suite {path}: scripts and env_ids must not be empty")
             name = group.setdefault("name", "")
             if not re.fullmatch(r"[\w .+-]*", name) or "__" in name or ".old-" in name:
                 wrong(f"suite {path}: name {name}: letters, digits and spaces, please")
             for flag, values in group.get("grid", {}).items():
-                if not isinstance(values, list) or not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
+                named = re.fullmatch(r"[a-z][a-z0-9-]*", flag)
+                if not (isinstance(values, list) and values and named):
                     wrong(f"suite {path}: grid has a list of values for each flag, without --")
             for script in group["scripts"]:
-                if not (ROOT / f"{script}.py").exists():
+                if not (ROOT / f"{script}.py").is_file():
                     wrong(f"suite {path}: there is no {ROOT / script}.py")
         suite["runs"] = [part for group in suite["runs"] for part in expand(group)]
         titles = [
@@ -130,12 +140,15 @@ def read_suite(name: str) -> dict:
         for (script, env), count in collections.Counter(titles).items():
             if count > 1:
                 wrong(f"suite {path}: {script} on {env} stands there twice: give one a name")
-        if not all(type(seed) is int and 0 <= seed < TUNING_SEEDS for seed in suite["seeds"]):
+        seeds = suite["seeds"]
+        if not (seeds and all(type(seed) is int and 0 <= seed < TUNING_SEEDS for seed in seeds)):
             wrong(f"suite {path}: seeds is a list of whole numbers from 0 to {TUNING_SEEDS - 1:,}")
         return suite
     except FileNotFoundError:
         wrong(f"no suite {name}: there are {known}, or give the path of a .toml file")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        wrong(f"suite {path}: {error.args[0]} is missing")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         wrong(f"suite {path}: {error!r}")
 
 
@@ -148,16 +161,18 @@ def choose_seeds(options: Options, default: list[int]) -> list[int]:
     """The suite's seeds, or what --seeds or --num-seeds make of them."""
     seeds, after = list(default), max(default, default=0) + 1
     if options.num_seeds is not None:
-        if options.num_seeds < 1 or options.seeds:
+        if not 1 <= options.num_seeds < TUNING_SEEDS or options.seeds:
             wrong(f"--num-seeds {options.num_seeds}: must be 1 or more, and without --seeds")
         seeds = [*default, *range(after, after + options.num_seeds)][: options.num_seeds]
     elif options.seeds:
         seeds = []
         for part in options.seeds.split(","):
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
             if not match or int(match[2] or match[1]) < int(match[1]):
                 wrong(f"--seeds {options.seeds}: one (21), a range (11-15) or a list (3,7,9)")
-            seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+            if (last := int(match[2] or match[1])) >= TUNING_SEEDS:
+                wrong(f"seed {last}: those from {TUNING_SEEDS:,} on are benchmark.tune's")
+            seeds += range(int(match[1]), last + 1)
     if max(seeds, default=0) >= TUNING_SEEDS:
         wrong(f"seed {max(seeds)}: those from {TUNING_SEEDS:,} on are benchmark.tune's")
     return list(dict.fromkeys(seeds))
@@ -192,8 +207,10 @@ def load_script(name: str):
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:
         wrong(f"{name}.py cannot be imported: {error!r}")
+    if not (hasattr(module, "Args") and hasattr(module, "parse_args")):
+        wrong(f"{name}.py has no Args and parse_args, as the scripts here have")
     return module
 
 
@@ -228,8 +245,9 @@ def check_environment(env_id: str) -> None:
         if module:
             importlib.import_module(module)
         gymnasium.spec(name)
-    except (gymnasium.error.Error, ImportError) as error:
-        wrong(f"--env-ids {env_id}: {error}")
+    except Exception as error:  # a module that is imported can raise anything
+        known = isinstance(error, gymnasium.error.Error | ImportError)
+        wrong(f"--env-ids {env_id}: {error if known else repr(error)}")
 
 
 def plan(options: Options) -> tuple[list[Job], list[Source]]:
@@ -243,7 +261,10 @@ def plan(options: Options) -> tuple[list[Job], list[Source]]:
     chosen = [name.removesuffix(".py") for name in options.scripts] or names
     seeds = choose_seeds(options, suite["seeds"])
     known = {env_id for group in groups for env_id in group["env_ids"]}
-    extra = [*shlex.split(options.args), *(["--track"] if options.track else [])]
+    try:
+        extra = [*shlex.split(options.args), *(["--track"] if options.track else [])]
+    except ValueError as error:
+        wrong(f"--args {options.args}: {error}")
     root = (options.run_root or Path("runs") / Path(options.suite).stem).absolute()
     together = collections.Counter(map(folder_name, {*known, *options.env_ids}))
     planned: dict[Path, Job] = {}
@@ -266,7 +287,10 @@ def plan(options: Options) -> tuple[list[Job], list[Source]]:
                     about = json.dumps(resolved | {"seed": seed})
                     words = tuple(arguments)
                     job = Job(script, env_id, seed, words, about, code, digest, folder)
-                    planned.setdefault(folder, job)
+                    first = planned.setdefault(folder, job)
+                    if first.arguments != words and seed == seeds[0]:
+                        taken = shlex.join(first.arguments)
+                        warn(f"{script} on {env_id} fits several groups: as in the first, {taken}")
     if not planned:
         wrong("nothing to run: none of these scripts and environments go together in this suite")
     return list(planned.values()), list(sources.values())
@@ -484,9 +508,12 @@ class Board:
         return table
 
     def close(self) -> None:
-        self.draw(last=True)
-        if self.live:
-            self.live.stop()
+        """Draw for the last time, and give the terminal back."""
+        try:
+            self.draw(last=True)
+        finally:
+            if self.live:
+                self.live.stop()
 
 
 def show(path: Path) -> Path:
@@ -512,7 +539,7 @@ def other(job: Job) -> str:
     """A line about a folder that holds another run than the job's."""
     try:
         how = "; ".join(jobs.differences(job, job.folder))
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError):
         how = "not a whole one"
     return f"{job.name} holds another run ({how}): it will be kept, renamed"
 
@@ -521,6 +548,8 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.workers < 1 or options.retries < 0:
         wrong("--workers must be at least 1, --retries 0 or more")
+    if options.cpus_per_job <= 0 or options.gpus_per_job < 0:
+        wrong("--cpus-per-job must be above 0, --gpus-per-job 0 or more")
     planned, sources = plan(options)
     if options.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into head, say
@@ -552,10 +581,12 @@ def main() -> None:
     try:
         for _ in engine(todo, options, stop, failed):
             board.draw()
-    except OSError as error:  # a full or read-only disk
-        board.close()
-        wrong(f"--run-root {root}: {error}: make room, then the same again")
-    board.close()
+    except OSError as error:  # a full or read-only disk, or one without locks
+        print(f"error: --run-root {root}: {error}; go on: the same command again", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        with contextlib.suppress(OSError):
+            board.close()
     missing = [job for job in planned if jobs.status(job) != "complete"]
     for job in missing:
         if job in failed or not stop.signal:

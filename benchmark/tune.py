@@ -18,7 +18,7 @@ The file says what to train and where to look:
 The value of a trial is the mean final evaluation. Started again, it goes on where it was stopped,
 Ctrl-C and kill -9 included; with a changed space or algorithm it begins anew. Seeds are numbered
 from a million on, where no suite may have any: what is chosen here has to prove itself on others.
-Exit codes are those of a sweep.
+Exit code 0: a trial is complete; 1: none is; 2, 130 and 143 as in a sweep.
 """
 
 import collections
@@ -27,6 +27,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import re
 import shlex
 import sys
@@ -57,13 +58,13 @@ class Options:
     trials: int = 50
     """How many combinations in all, those of earlier sessions included."""
     startup_trials: int = 8
-    """So many trials are drawn at random and never stopped early."""
+    """So many trials are drawn at random, and none is stopped before so many have finished."""
     run_root: Path | None = None
     """Where the run folders and Optuna's study go; by default runs/tune-{name of the file}."""
-    workers: int = sweep.Options.workers
+    workers: int = field(default_factory=jobs.cores)
     """Jobs at once; by default one for each core."""
     retries: int = 2
-    """How often a crashed or killed job is tried again, from its checkpoint."""
+    """How often crashed or killed jobs of a trial are tried again, from their checkpoints."""
 
 
 @dataclass
@@ -99,14 +100,16 @@ def read_space(path: Path) -> dict:
             wrong(f"{path}: unknown {unknown[0]}: there are {', '.join(KEYS)}")
         if not (type(space["seeds"]) is int and space["seeds"] > 0):
             wrong(f"{path}: seeds is their number, 1 or more; they are tuning's own")
-        if not (sweep.ROOT / f"{space['script']}.py").exists():
+        if not isinstance(space["env_id"], str) or not isinstance(space["space"], dict):
+            wrong(f"{path}: env_id is a string, space a table of flags")
+        if not (sweep.ROOT / f"{space['script']}.py").is_file():
             wrong(f"{path}: there is no {sweep.ROOT / space['script']}.py")
         if not space["space"]:
             wrong(f"{path}: the space is empty")
         for flag, values in space["space"].items():
             try:
                 distribution(values)
-            except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+            except (ValueError, TypeError, KeyError, ArithmeticError) as error:
                 wrong(f"{path}: {flag}: a list of values, or low and high, log or step: {error!r}")
             if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
                 wrong(f"{path}: {flag}: the name of a flag, without --")
@@ -131,8 +134,8 @@ def distribution(values: list | dict):
 
     if isinstance(values, list):
         return CategoricalDistribution(values)
-    if values["low"] >= values["high"]:
-        raise ValueError("low is not below high")
+    if not -math.inf < values["low"] < values["high"] < math.inf:
+        raise ValueError("low is not below high, or not finite")
     if all(type(values.get(name, 1)) is int for name in ("low", "high", "step")):
         return IntDistribution(**values)
     return FloatDistribution(**values)
@@ -284,6 +287,8 @@ def main() -> None:
     question = hashlib.sha256(json.dumps([space, source.code], sort_keys=True).encode()).hexdigest()
     root = (options.run_root or Path("runs") / f"tune-{options.space.stem}").absolute()
     root /= question[:8]  # another space, or another algorithm, is another study
+    if "?" in str(root):
+        wrong(f"--run-root {root}: a ? in the path would end the name of Optuna's database")
     try:
         source.keep(root)
         lock = open(root / "lock", "w")  # noqa: SIM115  as long as this process lives

@@ -129,6 +129,28 @@ def run(script, *arguments, quick=True, code=0, module=None):
     return done
 
 
+def call(main, *arguments, code=0, cwd=ROOT):
+    """Call a module's `main` with a command line, in this process: what it printed."""
+    out, err, returncode = io.StringIO(), io.StringIO(), 0
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    with (
+        contextlib.chdir(cwd),
+        mock.patch.object(sys, "argv", [main.__module__, *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as stopped:
+            returncode = stopped.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    assert returncode == code, f"exit code {returncode}\n{out.getvalue()}\n{err.getvalue()}"
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
 @functools.cache
 def load(script):
     """The script as a module."""

@@ -207,6 +207,16 @@ def test_baselines_leave_out_the_own_episode(reinforce):
     torch.testing.assert_close(optimal, torch.tensor([14 / 6, 7 / 3, 13 / 5]))
 
 
+def test_the_optimal_baseline_is_finite_and_does_not_cancel(reinforce):
+    """With a single action all scores are 0; a large score of its own must not drown the others."""
+    zero = torch.zeros(3, 2)
+    assert torch.equal(reinforce.optimal_baseline(zero, zero), torch.zeros(3))
+    scores, gradients = torch.tensor([[1e4, 0], [1.0, 0]]), torch.tensor([[5e4, 0], [3.0, 0]])
+    torch.testing.assert_close(
+        reinforce.optimal_baseline(scores, gradients), torch.tensor([3.0, 5])
+    )
+
+
 def test_gradients_of_episodes_add_up_to_the_loss(reinforce):
     """For both kinds of actions; what comes after an episode's end does not count."""
     torch.manual_seed(0)

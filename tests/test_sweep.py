@@ -1,8 +1,8 @@
 """Sweeps: nothing is lost and nothing is run twice, whatever is killed."""
 
 import contextlib
+import errno
 import fcntl
-import io
 import json
 import os
 import re
@@ -14,12 +14,10 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import wandb_file
-from conftest import ROOT, TESTS, checkpoint, environ, metrics, same, without_times
+from conftest import ROOT, TESTS, call, checkpoint, environ, metrics, same, without_times
 
 from benchmark import rows
 from benchmark.results import read_run
@@ -58,24 +56,7 @@ def sweep(*arguments, code=0, cwd=ROOT, **extra):
 
 def plan(*arguments, code=0, cwd=ROOT):
     """A sweep that starts no job, in this process: what it printed."""
-    out, err, returncode = io.StringIO(), io.StringIO(), 0
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    with (
-        contextlib.chdir(cwd),
-        mock.patch.object(sys, "argv", ["sweep.py", *map(str, arguments)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            main()
-        except SystemExit as stopped:
-            returncode = stopped.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    assert returncode == code, f"exit code {returncode}\n{out.getvalue()}\n{err.getvalue()}"
-    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+    return call(main, *arguments, code=code, cwd=cwd)
 
 
 def begin(*arguments, **extra):
@@ -220,7 +201,11 @@ def test_a_grid_is_a_named_group_for_each_combination(tmp_path):
         ("seeds = [3]", "unknown seeds"),
         ("grid = {gamma = 0.9}", "grid has a list of values"),
         ("grid = {--gamma = [0.9]}", "grid has a list of values"),
+        ("grid = {gamma = []}", "grid has a list of values"),
+        ("grid = [0.9]", "grid"),
         ("grid = {gama = [0.9]}", "refuses"),
+        ("scripts = []", "scripts and env_ids must not be empty"),
+        ("scripts = 'ppo_continuous'", "lists of strings"),
         ("scripts = ['ppo_continous']", "there is no"),
     ],
 )
@@ -231,8 +216,28 @@ def test_mistakes_in_a_suite(tmp_path, text, said):
     done = plan(path, "--run-root", tmp_path / "r", "--dry-run", code=2)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and said in last and not (tmp_path / "r").exists()
-    path.write_text(f"seeds = [-1]\n[[runs]]\n{scripts}env_ids = ['Pendulum-v1']\n")
-    assert "from 0 to" in plan(path, "--run-root", tmp_path / "r", "--dry-run", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seeds = [-1]\n[[runs]]\nGROUP", "from 0 to"),
+        ("seeds = []\n[[runs]]\nGROUP", "from 0 to"),
+        ("[[runs]]\nGROUP", "seeds is missing"),
+        ("seeds = [1]\n", "runs is missing"),
+        ("seeds = [1]\n[runs]\nGROUP", "each below a line [[runs]]"),
+        ("seeds = [1]\nruns = []\n", "each below a line [[runs]]"),
+        ("seeds = [1]\n[[runs]]\nscripts = ['ppo_continuous']\n", "env_ids is missing"),
+    ],
+)
+def test_mistakes_in_the_form_of_a_suite(tmp_path, text, said):
+    path, group = (
+        tmp_path / "mine.toml",
+        "scripts = ['ppo_continuous']\nenv_ids = ['Pendulum-v1']\n",
+    )
+    path.write_text(text.replace("GROUP", group))
+    last = plan(path, "--dry-run", code=2).stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: suite {path}: ") and said in last
 
 
 @pytest.mark.parametrize(
@@ -247,9 +252,16 @@ def test_mistakes_in_a_suite(tmp_path, text, said):
         (["SUITE", "--env-ids", "no_module:Env-v0"], "no_module"),
         (["SUITE", "--seeds", "few"], "--seeds few"),
         (["SUITE", "--seeds", "5-3"], "--seeds 5-3"),
+        (["SUITE", "--seeds", "1-999999999"], "from 1,000,000 on"),
+        (["SUITE", "--seeds", "1-99999999999"], "--seeds 1-9"),
         (["SUITE", "--num-seeds", "0"], "--num-seeds 0"),
+        (["SUITE", "--num-seeds", "99999999999"], "--num-seeds 9"),
         (["SUITE", "--num-seeds", "2", "--seeds", "3"], "--num-seeds 2"),
         (["SUITE", "--workers", "0"], "--workers"),
+        (["SUITE", "--gpus-per-job", "-1"], "--gpus-per-job"),
+        (["SUITE", "--env-ids", "wrong_module:Env-v0"], "ZeroDivisionError"),
+        (["SUITE", "--env-ids", "..:Env-v0"], "--env-ids ..:Env-v0"),
+        (["SUITE", "--args=--gamma '0.9"], "--args --gamma '0.9: No closing quotation"),
         (["SUITE", "--args=--no-such-flag 1"], "refuses"),
         (["SUITE", "--args=--gamma 7"], "refuses"),
         (["SUITE", "--args=--seed 7"], "--seed among the arguments"),
@@ -259,9 +271,11 @@ def test_mistakes_in_a_suite(tmp_path, text, said):
         (["empty.toml"], "empty.toml"),
     ],
 )
-def test_mistakes_are_refused_before_anything_starts(tmp_path, arguments, said):
+def test_mistakes_are_refused_before_anything_starts(tmp_path, arguments, said, monkeypatch):
     (tmp_path / "broken.toml").write_text("seeds = [1\n")
     (tmp_path / "empty.toml").write_text("")
+    (tmp_path / "wrong_module.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
     path = suite(tmp_path)
     arguments = [str(path) if word == "SUITE" else word for word in arguments]
     done = plan(*arguments, "--run-root", tmp_path / "r", code=2, cwd=tmp_path)
@@ -275,6 +289,25 @@ def test_a_run_root_that_cannot_be_written(tmp_path):
     done = plan(suite(tmp_path), "--run-root", tmp_path / "file" / "r", code=2)
     assert done.stderr.splitlines()[-1].startswith("error: --run-root ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_disk_without_locks_is_one_line(tmp_path, monkeypatch):
+    """Some file systems of clusters have none. Two sweeps would train in one folder there."""
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    done = plan(suite(tmp_path), "--run-root", tmp_path / "r", code=1)
+    assert "Function not implemented; go on: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_damaged_folder_holds_another_run(tmp_path):
+    folder = tmp_path / "r" / "Pendulum-v1__ppo_continuous__1"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text('{"args": [], "script": "ppo_continuous.py"}')
+    done = plan(suite(tmp_path), "--run-root", tmp_path / "r", "--dry-run")
+    assert f"{folder.name} holds another run (not a whole one)" in done.stderr
 
 
 def test_the_suites_that_come_with_it_are_sound():
@@ -567,6 +600,13 @@ def test_a_script_that_cannot_be_imported_is_one_line(tmp_path):
     done = subprocess.run(words_of, cwd=tmp_path, env=environ(), capture_output=True, text=True)
     assert done.returncode == 2 and "error: ppo_continuous.py cannot be imported" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_which_of_several_groups_a_new_environment_takes_is_said():
+    done = plan("classic", "--scripts", "dqn", "--env-ids", "MountainCar-v0", "--dry-run")
+    assert done.stderr.count("warning: dqn on MountainCar-v0 fits several groups") == 1
+    taken = done.stderr.strip().rpartition("as in the first, ")[2]
+    assert taken and all(line.endswith(taken) for line in done.stdout.splitlines())
 
 
 def test_a_new_environment_is_for_the_groups_without_a_name():

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call
 from test_report import fake
 from test_sweep import SHORT, environment, folders, plan, processes, step, suite, wait_for
 
@@ -123,6 +123,9 @@ def test_values_that_do_not_go_together_are_a_failed_trial(tmp_path):
         ("gamma = 0.9\n", "gamma: a list of values, or low and high"),
         ("gamma = {low = 0.9}\n", "gamma: a list of values, or low and high"),
         ("gamma = {low = 0.9, high = 0.5}\n", "gamma: a list"),
+        ("learning-rate = {low = 1.0, high = inf}\n", "learning-rate: a list"),
+        ("--env_id", "env_id is missing"),
+        ("--script", "script is missing"),
         ("gamma = [7.0]\n", "refuses"),
         ("", "the space is empty"),
         ("seed = [1, 2]\n", "--seed among the arguments"),
@@ -130,10 +133,19 @@ def test_values_that_do_not_go_together_are_a_failed_trial(tmp_path):
     ],
 )
 def test_mistakes_are_one_line(tmp_path, text, said):
-    output = finish(begin(space(tmp_path, text=text), tmp_path / "r"), code=2)
-    last = output.strip().splitlines()[-1]
-    assert last.startswith("error: ") and said in last and "Traceback" not in output
+    path = space(tmp_path, text=text)
+    if text.startswith("--"):  # without a line of the file
+        path.write_text(re.sub(rf"{text[2:]} = .*\n", "", space(tmp_path).read_text()))
+    last = (
+        call(tune.main, path, "--run-root", tmp_path / "r", code=2).stderr.strip().splitlines()[-1]
+    )
+    assert last.startswith("error: ") and said in last
     assert not (tmp_path / "r").exists()
+
+
+def test_a_path_that_sqlite_would_cut(tmp_path):
+    done = call(tune.main, space(tmp_path), "--run-root", tmp_path / "what? r", code=2)
+    assert "a ? in the path" in done.stderr and not list(tmp_path.glob("what*"))
 
 
 def test_a_study_belongs_to_one_process(tmp_path):
