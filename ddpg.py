@@ -29,7 +29,6 @@ Deviations from the paper:
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copy
 import hashlib
@@ -38,6 +37,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -318,7 +318,7 @@ def train(args: Args) -> None:
     if args.evaluate:
         run.finish()
         return
-    noise.reset(run.lost_episodes)
+    noise.reset(np.array(envs.get_attr("lost_episode")))
     run.begin()
     obs, update_metrics = np.stack(envs.get_attr("obs")), []
     iteration_steps = math.ceil(args.log_frequency / args.num_envs) * args.num_envs
@@ -452,10 +452,10 @@ def make_envs(args: Args) -> VectorEnv:
 
     apart = args.async_envs and not args.evaluate
     if apart:  # Python ends its children by SIGTERM, which they ignore
-        atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
+        CLOSING.callback(lambda: [child.kill() for child in multiprocessing.active_children()])
     vector_env = AsyncVectorEnv if apart else SyncVectorEnv
     envs = vector_env([env_fn] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    atexit.register(close, envs)
+    CLOSING.callback(close, envs)
     seeds = np.random.SeedSequence([args.seed, 0]).generate_state(args.num_envs)
     envs.reset(seed=[int(seed) for seed in seeds])
     return envs
@@ -463,7 +463,7 @@ def make_envs(args: Args) -> VectorEnv:
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment with bounded Box actions; observations are flattened, pictures refused."""
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):  # not installed, or it finds no way to render
         __import__("mujoco").set_mju_user_warning(lambda message: None)  # no MUJOCO_LOG.TXT
     render = {"render_mode": render_mode} if render_mode else {}
     with making(args):
@@ -483,6 +483,7 @@ class ActionScaler:
     def __init__(self, box: gym.spaces.Box) -> None:
         float_dtype = np.result_type(box.dtype, np.float32)  # integers would overflow
         self.low, self.high = (x.flatten().astype(float_dtype) for x in (box.low, box.high))
+        self.bounded = (box.bounded_below & box.bounded_above).flatten()
         self.box, self.dim = box, len(self.low)
 
     def __call__(self, actions: Tensor) -> np.ndarray:
@@ -492,7 +493,8 @@ class ActionScaler:
         low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)
-            inside = np.clip(np.where(np.isfinite(high - low), scaled, unscaled), low, high)
+            bounded = self.bounded & np.isfinite(high - low)  # their difference may be too large
+            inside = np.clip(np.where(bounded, scaled, unscaled), low, high)
         if not np.issubdtype(self.box.dtype, np.floating):
             inside = np.rint(inside)
         return inside.astype(self.box.dtype).reshape((*actions.shape[:-1], *self.box.shape))
@@ -502,7 +504,7 @@ class ActionScaler:
 
 SCRIPT = Path(__file__).resolve()
 SHA256 = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-LOCKS: dict[Path, BinaryIO] = {}  # of the run folders in which this process trains
+CLOSING = contextlib.ExitStack()  # what is closed at the end, however that comes
 LONGEST_EPISODE = 50_000  # most steps that a resume repeats or an evaluation plays
 
 
@@ -542,12 +544,13 @@ def check_run_args(args: Any) -> None:
     require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
     require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
     require(args, "env_kwargs", lambda x: isinstance(x, dict), "a JSON object")
-    require(args, "resume evaluate", lambda x: x != "", "the path of a run folder")
+    require(args, "run_dir resume evaluate", lambda x: x != "", "the path of a run folder")
     require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
 
 
 def parse_args(args_class: type) -> Any:
     """Read the command line. --resume and --evaluate take most arguments from the run folder."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  daemons may have closed it
     args = tyro.cli(args_class, default=args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment
@@ -737,7 +740,6 @@ class Run:
         self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
         self.eval_due = False  # whether an evaluation at this step is still to come
-        self.lost_episodes = np.zeros(args.num_envs, np.bool_)  # by environments, in restore
         self.wandb, self.wandb_id = None, None
         self.episodes = []  # (return, length) of those that ended since the last line of metrics
         self.recent_return = "no episode yet"
@@ -750,12 +752,14 @@ class Run:
 
     def again(self, flag: str = "--resume") -> str:
         """A command that can be pasted anywhere."""
-        return shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
+        command = shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
+        has_module = ":" in self.args.env_id  # perhaps in the working directory
+        return f"cd {shlex.quote(os.getcwd())} && {command}" if has_module else command
 
     def refuse_what_would_fail(self) -> None:
         """Report the user's mistakes that can be seen before any file is written."""
         new = self.args.run_dir and not self.args.resume and not self.args.evaluate
-        if new and (self.dir / "args.json").exists():
+        if new and any((self.dir / name).exists() for name in ("args.json", "checkpoint.pt")):
             stop(f"error: --run-dir {self.dir} holds a run: name another, or --resume {self.dir}")
         tracks = self.args.track and not self.args.evaluate
         if tracks and not getattr(importlib.util.find_spec("wandb"), "origin", None):
@@ -797,16 +801,14 @@ class Run:
             self.open_folder()
         if self.args.track:
             self.start_wandb()
-        saved = [x for x in self.state.values() if isinstance(x, nn.Module)]
-        saved = {id(weight) for module in saved for weight in module.parameters()}
+        modules = nn.ModuleList(x for x in self.state.values() if isinstance(x, nn.Module))
         groups = [group for x in self.state.values() for group in getattr(x, "param_groups", ())]
-        if any(id(weight) not in saved for group in groups for weight in group["params"]):
+        if not {weight for x in groups for weight in x["params"]} <= set(modules.parameters()):
             warn("a network that is trained is not in `state`: a resume would lose it")
         total, begun = self.args.total_timesteps, self.global_step
         self.bar = tqdm(total=total, initial=begun, unit=" steps", disable=None)  # None: if no tty
         if self.eval_due and not self.result:
             self.evaluate()
-            self.stop_if_asked()
 
     def claim_folder(self) -> None:
         """Make the folder, if that is left to do, and keep other processes from training in it."""
@@ -820,13 +822,9 @@ class Run:
                     raise
                 tries += 1
                 self.dir = self.dir.with_name(f"{name}__{tries}")  # begun in the same second
-        held = LOCKS.pop(self.dir.resolve(), None)  # by a run of this process that crashed
-        self.script = open(self.dir / SCRIPT.name, "ab")  # noqa: SIM115  a lock while it is open
-        LOCKS[self.dir.resolve()] = self.script
+        self.script = CLOSING.enter_context(open(self.dir / SCRIPT.name, "ab"))  # noqa: SIM115
         with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some disks no locks
             import fcntl
-            if held:
-                fcntl.flock(held, fcntl.LOCK_UN)
             try:
                 fcntl.flock(self.script, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -859,7 +857,7 @@ class Run:
         import wandb
         os.environ["WANDB_CACHE_DIR"] = os.environ["WANDB_DATA_DIR"] = str(self.dir.resolve())
         args, settings = self.args, wandb.Settings(silent=True, console="off", x_disable_stats=True)
-        for mode in (os.environ.get("WANDB_MODE", "online"), "offline"):
+        for mode in (os.environ.get("WANDB_MODE") or "online", "offline"):
             with contextlib.suppress(wandb.Error):  # no network, a wrong key, an unknown entity
                 if mode != "online" or wandb.login(prompt=False):
                     self.wandb_id = self.wandb_id or os.urandom(4).hex()
@@ -885,11 +883,12 @@ class Run:
             with contextlib.suppress(OSError):
                 os.write(2, b"\nStopping after this iteration; press Ctrl-C again to quit now.\n")
 
-    def stop_if_asked(self, flag: str = "--resume") -> None:
+    def stop_if_asked(self) -> None:
         """End here if a signal came."""
         if self.signal:
             self.bar.close()
-            stop(f"stopped; go on: {self.again(flag)}", 128 + self.signal)
+            again = self.again("--evaluate" if self.args.evaluate else "--resume")
+            stop(f"stopped; go on: {again}", 128 + self.signal)
 
     def save_checkpoint(self) -> None:
         checkpoint = {name: part.state_dict() for name, part in self.state.items()}
@@ -914,10 +913,10 @@ class Run:
             if self.args.resume:
                 torch.set_rng_state(checkpoint["torch_rng"].clone())
                 snapshots = [{k: x.numpy() for k, x in s.items()} for s in checkpoint["envs"]]
-                self.envs.set_attr("snapshot", snapshots)
-                self.lost_episodes[:] = self.envs.get_attr("lost_episode")
         except Exception as error:  # a damaged file can raise anything
             stop(f"error: {path} is no checkpoint of this run: {error!r:.200}")
+        if self.args.resume:
+            self.envs.set_attr("snapshot", snapshots)
         return self.global_step
 
     def end_iteration(self, global_step: int, metrics: dict[str, float]) -> None:
@@ -980,9 +979,9 @@ class Run:
 
     def evaluate(self) -> None:
         """Play whole episodes, each time from the same seed, and log them unless a signal came."""
-        before, video = torch.get_rng_state(), self.args.capture_video
-        env = make_env(self.args, "rgb_array" if video else None)
-        if video:
+        before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        env = make_env(self.args, "rgb_array" if self.args.capture_video else None)
+        if self.args.capture_video:
             folder, name = str(self.dir / "videos"), f"step-{self.global_step}"
             gym.logger.min_level = gym.logger.ERROR  # RecordVideo warns of videos already there
             env = gym.wrappers.RecordVideo(
@@ -1001,10 +1000,11 @@ class Run:
                         break
         finally:
             close(env)
-        torch.set_rng_state(before)
-        if self.signal:
-            return
-        if video and self.wandb:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])  # environments may share the global generators
+        random.setstate(before[2])
+        self.stop_if_asked()
+        if self.args.capture_video and self.wandb:
             from wandb import Video
             clip = Video(f"{folder}/{name}-episode-0.mp4", format="mp4")
             self.wandb.log({"global_step": self.global_step, "eval/video": clip})
@@ -1017,13 +1017,13 @@ class Run:
         """Evaluate, unless that is done, and print the result as the last line of stdout."""
         if not self.result:
             self.evaluate()
-            self.stop_if_asked("--evaluate" if self.args.evaluate else "--resume")
         mean, std, episodes = self.result.values()
         self.bar.close()
+        close(self.envs)
         result = f"eval mean_return={mean:.4f} std={std:.4f} episodes={episodes}"
         print(f"{result} global_step={self.global_step} run_dir={self.dir}", flush=True)
-        close(self.envs)
 
 
 if __name__ == "__main__":
-    train(parse_args(Args))
+    with CLOSING:  # ends before Python waits for threads, which environments may have
+        train(parse_args(Args))

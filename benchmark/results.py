@@ -36,8 +36,8 @@ STEPPING = "LONGEST_EPISODE setup Rng flatten_observations ReplayableEnv evaluat
 SAYING = {"stop", "warn", "require"}
 # What else stands there in every script; what somebody adds may well change the numbers.
 NEUTRAL_PARTS = set(
-    """SCRIPT SHA256 LOCKS parse_count flag_type Count Json Text require check_run_args parse_args
-    stop warn describe making close Run LeadingRun FollowingRun make_run""".split()
+    """SCRIPT SHA256 LOCKS CLOSING parse_count flag_type Count Json Text require check_run_args
+    parse_args stop warn describe making close Run LeadingRun FollowingRun make_run""".split()
 )
 
 
@@ -53,7 +53,19 @@ def dump(node: object) -> str:
     return f"{type(node).__name__}({', '.join(kept)})"
 
 
-MAIN = dump(ast.parse('if __name__ == "__main__":\n    train(parse_args(Args))').body[0])
+MAIN = 'if __name__ == "__main__":\n    '
+CALLS = ("train(parse_args(Args))", "with CLOSING:\n        train(parse_args(Args))")  # before, now
+MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
+
+# Changed code that makes the same numbers, and the code whose runs it may therefore stand with. The
+# first 40 seconds of a run of every environment of the table, and its final evaluation, were made
+# again and compared bit for bit. The change: what environments share with the process (threads,
+# generators, a MuJoCo that does not load, unbounded whole numbers) no longer harms a run.
+SAME = {
+    "1705030d7ac145ea359754dbeedaf68e5e0a32d37971eda718ab79cf64e76365": (  # ppo_continuous.py
+        "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
+    )
+}
 
 
 def code_hash(path: Path) -> str:
@@ -67,13 +79,18 @@ def code_hash(path: Path) -> str:
 
 def hash_of_text(text: str) -> str:
     """The same of a script's text."""
+    found = hash_of_tree(text)
+    return SAME.get(found, found)
+
+
+def hash_of_tree(text: str) -> str:
     tree, end = ast.parse(text), text.partition(INFRASTRUCTURE)[0].count("\n") + 1
     below = [node for part in tree.body if part.lineno > end for node in ast.walk(part)]
     kept = [part for part in tree.body if part.lineno <= end]
     kept += [node for node in below if names(node) & set(STEPPING)]
     ours = {*STEPPING, *NEUTRAL_PARTS}
     more = [part for part in tree.body if part.lineno > end and not names(part) & ours]
-    kept += [part for part in more if dump(part) != MAIN]
+    kept += [part for part in more if dump(part) not in MAINS]
     docstring = tree.body[0] if ast.get_docstring(tree) else None
     kept = [part for part in kept if part is not docstring]
     for node in (node for part in kept for node in ast.walk(part)):

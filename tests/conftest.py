@@ -122,6 +122,7 @@ def run(script, *arguments, quick=True, code=0, module=None):
             traceback.print_exc()
             returncode = 1
         finally:
+            module.CLOSING.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     done = SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), returncode=returncode)

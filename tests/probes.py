@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import threading
 import time
 
 import gymnasium as gym
@@ -283,6 +284,55 @@ class Reseeding(Fifty):
         return super().reset(seed=seed, options=options)
 
 
+class Sharing(Fifty):
+    """Seeds and uses the global generators, as older simulators do."""
+
+    def reset(self, *, seed=None, options=None):
+        np.random.seed(seed)
+        random.seed(seed)
+        return super().reset(seed=seed, options=options)
+
+    def observe(self):
+        return np.array([np.random.uniform(-1, 1) * random.random()], np.float32)
+
+
+class Threaded(Fifty):
+    """Has a thread that ends when it is closed, as clients of simulators have; fails at last."""
+
+    total = 0
+
+    def __init__(self):
+        self.closed = threading.Event()
+        threading.Thread(target=self.closed.wait).start()
+
+    def reward(self, action):
+        self.total += 1
+        assert self.total < 200, "the simulator fell over"
+        return 1.0
+
+    def close(self):
+        self.closed.set()
+        print("closed")
+
+
+class Chatty(Fifty):
+    """Prints when it is closed."""
+
+    def close(self):
+        print("closed")
+
+
+class BrokenReset(Unseeded):
+    """Cannot be reset twice in a process with BROKEN."""
+
+    resets = 0
+
+    def reset(self, *, seed=None, options=None):
+        BrokenReset.resets += 1
+        assert BrokenReset.resets < 2 or "BROKEN" not in os.environ, "the second reset failed"
+        return super().reset(seed=seed, options=options)
+
+
 class Wary(Fifty):
     """Takes seeds of 31 bits."""
 
@@ -410,6 +460,7 @@ for probe in [
     Pointing,
     Meddling,
     Breaking,
+    BrokenReset,
     CrashingOnce,
     Choice,
     *Fifty.__subclasses__(),

@@ -25,6 +25,7 @@ from conftest import (
     VECTORS,
     assert_same_end,
     checkpoint,
+    command,
     env_id,
     environ,
     load,
@@ -301,6 +302,78 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     run(ONE, "--run-dir", tmp_path / "r")
+
+
+@pytest.mark.parametrize("script", ["ppo_continuous", "dqn"])
+def test_an_evaluation_leaves_the_global_generators_alone(script, tmp_path):
+    """Environments may use them in training too."""
+    often = ["--eval-frequency", 128, "--checkpoint-frequency", 128]
+    go(script, "Sharing", tmp_path / "often", *often)
+    go(script, "Sharing", tmp_path / "once")
+    assert same(checkpoint(tmp_path / "often"), checkpoint(tmp_path / "once"))
+
+
+def test_a_thread_of_an_environment_does_not_keep_a_failed_run(tmp_path):
+    """Python waits for threads before it calls what is registered with atexit."""
+    words = ["--env-id", probe(ONE, "Threaded"), "--run-dir", tmp_path / "r"]
+    done = run_process(ONE, *words, "--total-timesteps", 2000, code=1)
+    assert done.stderr.strip().endswith("the simulator fell over")
+    assert done.stdout.count("closed") == 2
+
+
+def test_the_result_is_the_last_line(tmp_path):
+    """Whatever environments print when they are closed."""
+    out = go(ONE, "Chatty", tmp_path / "r").stdout.splitlines()
+    assert out[0] == "closed" and out[-1].startswith("eval mean_return=")
+
+
+def test_standard_error_is_closed(tmp_path):
+    words = shlex.join([*map(str, command(ONE)), "--run-dir", str(tmp_path / "r")])
+    done = subprocess.run(["sh", "-c", f"{words} 2>&-"], capture_output=True, env=environ())
+    assert done.returncode == 0 and done.stdout.startswith(b"eval mean_return=")
+
+
+def test_a_checkpoint_without_its_arguments_is_no_new_folder(tmp_path):
+    """A run that was killed early would be resumed from it."""
+    folder = tmp_path / "r"
+    run(ONE, "--run-dir", folder)
+    (folder / "args.json").unlink()
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert "holds a run" in run(ONE, "--run-dir", folder, code=2).stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_environment_that_fails_in_a_resume_shows_its_error(tmp_path, monkeypatch):
+    """It is not the checkpoint that is to blame."""
+    go(ONE, "BrokenReset", tmp_path / "r", "--num-envs", 1)
+    monkeypatch.setenv("BROKEN", "1")
+    monkeypatch.setattr(sys.modules["probes"].BrokenReset, "resets", 0)
+    words = ["--resume", tmp_path / "r", "--total-timesteps", 1024]
+    assert "the second reset failed" in run(ONE, *words, quick=False, code=1).stderr
+
+
+def test_what_to_paste_goes_where_the_environment_is(tmp_path, monkeypatch):
+    module = load(ONE)
+    folder, args = tmp_path / "it's here", module.Args(env_id="my_env:Mine-v0", run_dir="r")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    begun = module.Run.__new__(module.Run)
+    begun.args, begun.dir = args, Path("r")
+    line = shlex.split(begun.again())
+    assert line[:3] == ["cd", str(folder), "&&"] and line[-2:] == ["--resume", str(folder / "r")]
+    begun.args = module.Args(run_dir="r")
+    assert shlex.split(begun.again())[0] == "python"
+
+
+def test_mujoco_that_cannot_be_imported_is_in_nobodys_way(tmp_path, monkeypatch):
+    """It raises whatever it likes where there is no EGL, and most environments need none."""
+
+    class Broken:
+        def __getattr__(self, name):
+            raise RuntimeError("no EGL")
+
+    monkeypatch.setitem(sys.modules, "mujoco", Broken())
+    load("reinforce").make_env(load("reinforce").Args(env_id="CartPole-v1")).close()
 
 
 def test_runs_that_begin_in_the_same_second(tmp_path, monkeypatch):

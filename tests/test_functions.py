@@ -154,6 +154,15 @@ def test_actions_of_whole_numbers(ppo):
     assert actions.dtype == np.int8 and actions.tolist() == [[-100, 0], [31, 100]]
 
 
+@pytest.mark.parametrize(("low", "high"), [(-np.inf, np.inf), (0, np.inf), (-np.inf, 7)])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float32])
+def test_actions_without_bounds_are_not_scaled(ppo, low, high, dtype):
+    """Gymnasium writes an integer's largest value where there is no bound."""
+    box = gym.spaces.Box(low, high, (3,), dtype)
+    actions = ppo.ActionScaler(box)(torch.tensor([1.0, 2.0, 5.0]))
+    assert actions.tolist() == [1, 2, 5] and actions in box
+
+
 def test_actions_never_leave_the_box_by_rounding(ppo):
     rng = np.random.default_rng(0)
     low = rng.normal(size=1000).astype(np.float32)

@@ -299,6 +299,18 @@ def test_the_trust_region_shrinks_only_with_anneal_lr(tmp_path):
     assert first[0] == constant[0] and first[-1] < 0.5 * constant[-1]  # the root of 1 / 20
 
 
+def test_errors_of_the_critic_move_nothing(tmp_path):
+    """Where it explains nothing, and advantages are small; what is small is a flag."""
+    words = ["--num-steps", 16, "--critic-steps", 1, "--total-timesteps", 1280]
+    for small in (0, 1e9):
+        run("trpo", "--run-dir", tmp_path / str(small), *words, "--small-adv", small)
+        lines = training(tmp_path / str(small))
+        nothing = [line["losses/explained_variance"] <= 0 for line in lines]
+        assert 5 < sum(nothing) < len(lines) - 5
+        still = [line["losses/rejected_steps"] == 1 for line in lines]
+        assert still == (nothing if small else [False] * len(lines))
+
+
 def test_a_direction_that_is_not_finite_leaves_the_policy(trpo, tmp_path, monkeypatch):
     """0 times infinity would be NaN."""
     monkeypatch.setattr(trpo, "conjugate_gradient", lambda _, b, __: (b / 0, b.norm()))
