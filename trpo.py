@@ -87,7 +87,7 @@ class Args:
     """Steps of each environment per iteration."""
     norm_adv: bool = True
     """Normalise advantages in each batch."""
-    small_adv: float = 0.1
+    small_adv: float = 0.05
     """No step on advantages of a smaller std whose critic explains nothing of the returns."""
     critic_learning_rate: float = 1e-3
     """Step size for the critic at the start."""

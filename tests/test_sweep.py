@@ -543,10 +543,10 @@ def test_a_run_that_was_started_by_hand_is_left_alone(tmp_path):
     assert running.poll() is None and [f.name for f in root.glob("Pend*")] == [folder.name]
     by_hand.terminate()
     by_hand.wait()
-    assert checkpoint(folder)["global_step"] > 0
     output, _ = running.communicate(timeout=100)
     assert running.returncode == 0, output
     aside = folder.with_name(f"{folder.name}.old-1")
+    assert checkpoint(aside)["global_step"] > 0
     assert read_run(aside)["args"]["gamma"] == 0.99 and read_run(folder)["args"]["gamma"] == 0.9
 
 
