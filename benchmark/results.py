@@ -58,7 +58,7 @@ CALLS = ("train(parse_args(Args))", "with CLOSING:\n        train(parse_args(Arg
 MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 
 # Changed code that makes the same numbers, and the code whose runs it may therefore stand with. Of
-# each environment that had such runs, the first 40 seconds of one run (38,912 steps or more) and its
+# each environment that had such runs, the first 38,912 steps or more of one run and its
 # final evaluation were made again, and agreed bit for bit. The change: what environments share with
 # the process (threads, generators, a MuJoCo that does not load) no longer harms a run, and whole
 # numbers without bounds are not scaled.
