@@ -24,8 +24,8 @@ Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, or GAE's (a
     python trpo.py --env-id HalfCheetah-v5 --seed 1
 
 Deviations from the paper:
-- Advantages come from a critic (arXiv:1506.02438). If it explains nothing of the returns, and they
-  are small, they are its errors: no step. Delta falls to 0. F is damped, and of all samples.
+- Advantages come from a critic (arXiv:1506.02438). Small ones, where it explains nothing of the
+  returns, are its errors: no step then. Delta falls to 0. F is damped, and of all samples.
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
 - Advantages are normalised; observations and rewards too, as in arXiv:2005.12729. The statistics of
@@ -88,7 +88,7 @@ class Args:
     norm_adv: bool = True
     """Normalise advantages in each batch."""
     small_adv: float = 0.05
-    """No step on advantages of a smaller std whose critic explains nothing of the returns."""
+    """No step if advantages have a smaller std and the critic explains nothing of the returns."""
     critic_learning_rate: float = 1e-3
     """Step size for the critic at the start."""
     anneal_lr: bool = True
