@@ -392,7 +392,7 @@ def train(args: Args) -> None:
     if args.evaluate:
         run.finish()
         return
-    reward_scaler.running_return[envs.get_attr("lost_episode")] = 0
+    reward_scaler.running_return[np.array(envs.get_attr("lost_episode"))] = 0
     run.begin()
     obs = np.stack(envs.get_attr("obs"))
 

@@ -27,8 +27,9 @@ def play(env_id: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
     for name in sys.argv[1:]:
         x = play(name)
         source = "measured: python -m benchmark.random_policy"

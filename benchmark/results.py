@@ -57,15 +57,17 @@ MAIN = 'if __name__ == "__main__":\n    '
 CALLS = ("train(parse_args(Args))", "with CLOSING:\n        train(parse_args(Args))")  # before, now
 MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 
-# Changed code that makes the same numbers, and the code whose runs it may therefore stand with. Of
-# each environment that had such runs, the first 38,912 steps or more of one run and its
-# final evaluation were made again, and agreed bit for bit. The change: what environments share with
-# the process (threads, generators, a MuJoCo that does not load) no longer harms a run, and whole
-# numbers without bounds are not scaled.
+# Changed code that makes the same numbers, and the code whose runs it may therefore stand with.
+# What changed: what environments share with the process (threads, generators, a MuJoCo that cannot
+# load) does a run no harm, whole numbers without bounds are not scaled, and a resume knows which of
+# its environments were lost. Of each environment that had such runs, the beginning of one run (20,000
+# steps or more) and its final evaluation were made again, and agreed bit for bit.
+PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
+TRPO = "970381c0058fd3ae48ffd698708f176967b7a6ac3772152fcae784f1b19103da"
 SAME = {
-    "1705030d7ac145ea359754dbeedaf68e5e0a32d37971eda718ab79cf64e76365": (  # ppo_continuous.py
-        "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
-    )
+    "1705030d7ac145ea359754dbeedaf68e5e0a32d37971eda718ab79cf64e76365": PPO,
+    "dac62ec640b26b5863707a286ff499ee0ab8c5038bc4468f5493fbc392fdc4b5": PPO,
+    "81bbc80c96f7022b28691f3ed10593526298bb016f9aa10a36a893ada5c43ec2": TRPO,
 }
 
 
@@ -126,7 +128,8 @@ def thin(lines: list[dict], total: int) -> list[tuple[int, float, float]]:
     """
     bins = defaultdict(list)
     for line in lines:
-        if line.get("charts/episodes") and "charts/episodic_return" in line:  # left out: not finite
+        # Scripts log no mean that is not finite, but how many episodes it is of.
+        if line.get("charts/episodes") and "charts/episodic_return" in line:
             place = min(POINTS, -(-line["global_step"] * POINTS // total))
             bins[place].append(line)
     curve = []

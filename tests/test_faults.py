@@ -536,38 +536,46 @@ def test_a_machine_that_does_not_say_how_much_memory_is_free(script, tmp_path, m
     run(script, "--run-dir", tmp_path / "r", "--total-timesteps", 2)
 
 
+def lose_the_second(folder):
+    """Change what its environment's episode has to come to, so that repeating it fails."""
+    saved = checkpoint(folder)
+    saved["envs"][1]["obs"] += 1
+    torch.save(saved, folder / "checkpoint.pt")
+
+
+def at_the_start(module, monkeypatch, look):
+    """What `look` finds in the state when a run goes on."""
+    seen, begin = [], module.Run.begin
+
+    def look_and_begin(self):
+        seen.append(look(self.state).flatten().tolist())
+        begin(self)
+
+    monkeypatch.setattr(module.Run, "begin", look_and_begin)
+    return seen
+
+
 @pytest.mark.parametrize("script", ["ppo_continuous", "a2c", "trpo"])
 def test_nor_does_its_return_go_on(script, tmp_path, monkeypatch):
     """Rewards are scaled by a discounted return, which starts from 0 in the new episode."""
-    go(script, "Unseeded", tmp_path / "r", "--total-timesteps", 256)
-    module, seen = load(script), []
-    begin = module.Run.begin
-
-    def look(self):
-        seen.append(self.state["reward_scaler"].running_return.tolist())
-        begin(self)
-
-    monkeypatch.setattr(module.Run, "begin", look)
-    words = ["--total-timesteps", 512]
-    run(script, "--resume", tmp_path / "r", *words, quick=False)
-    assert seen == [[0, 0]]
+    go(script, "Tuned", tmp_path / "r", "--total-timesteps", 256)
+    lose_the_second(tmp_path / "r")
+    kept, _ = checkpoint(tmp_path / "r")["reward_scaler"]["running_return"].tolist()
+    seen = at_the_start(load(script), monkeypatch, lambda x: x["reward_scaler"].running_return)
+    words = ["--resume", tmp_path / "r", "--total-timesteps", 512]
+    assert run(script, *words, quick=False).stderr.count("environment not restored") == 1
+    assert seen == [[kept, 0]] and kept > 0
     assert (checkpoint(tmp_path / "r")["reward_scaler"]["running_return"] > 0).all()
 
 
 def test_nor_does_its_noise(tmp_path, monkeypatch):
     """An Ornstein-Uhlenbeck process, which starts from 0 in the new episode."""
-    go("ddpg", "Unseeded", tmp_path / "r", "--noise", "ou")
-    assert (checkpoint(tmp_path / "r")["noise"]["values"] != 0).all()
-    ddpg = load("ddpg")
-    seen, begin = [], ddpg.Run.begin
-
-    def look(self):
-        seen.append(self.state["noise"].values.tolist())
-        begin(self)
-
-    monkeypatch.setattr(ddpg.Run, "begin", look)
+    go("ddpg", "Tuned", tmp_path / "r", "--noise", "ou")
+    lose_the_second(tmp_path / "r")
+    kept, _ = checkpoint(tmp_path / "r")["noise"]["values"].flatten().tolist()
+    seen = at_the_start(load("ddpg"), monkeypatch, lambda x: x["noise"].values)
     run("ddpg", "--resume", tmp_path / "r", "--total-timesteps", 640, quick=False)
-    assert seen == [[[0], [0]]]
+    assert seen == [[kept, 0]] and kept != 0
 
 
 def test_an_episode_too_long_to_repeat_is_not_taken_for_another(ppo, capsys, monkeypatch):

@@ -119,13 +119,13 @@ def test_bootstrap_intervals_cover(runs, spreads, statistic, monkeypatch):
     many = [rng.normal(centre, spread, 20_000) for centre, spread in of]
     truth = statistic(np.concatenate(many), stats.equal_weights(many))
     held = []
-    for _ in range(300):
+    for _ in range(600):
         scores = [rng.normal(centre, spread, runs) for centre, spread in of]
         low, high = stats.interval(scores, statistic)
         held.append(low <= truth <= high)
     same_spread = len(set(spreads)) == 1
     # An IQM leaves out most of what one noisy environment does, which no interval here knows.
-    assert (0.91 if same_spread or statistic is stats.mean else 0.75) < np.mean(held) < 0.995
+    assert (0.92 if same_spread or statistic is stats.mean else 0.85) < np.mean(held) < 0.985
 
 
 def test_resampling_is_stratified():
