@@ -60,8 +60,8 @@ MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 # Changed code that makes the same numbers, and the code whose runs it may therefore stand with.
 # What changed: what environments share with the process (threads, generators, a MuJoCo that cannot
 # load) does a run no harm, whole numbers without bounds are not scaled, and a resume knows which of
-# its environments were lost. Of each environment that had such runs, the beginning of one run (20,000
-# steps or more) and its final evaluation were made again, and agreed bit for bit.
+# its environments were lost. Of each environment that had such runs, the beginning of one run (at
+# least 38,912 steps) and its final evaluation were made again, and agreed bit for bit.
 PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
 TRPO = "970381c0058fd3ae48ffd698708f176967b7a6ac3772152fcae784f1b19103da"
 SAME = {

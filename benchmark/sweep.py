@@ -109,7 +109,7 @@ def read_suite(name: str) -> dict:
     try:
         suite = tomllib.loads(path.read_text())
         runs = suite["runs"]
-        if not (isinstance(runs, list) and runs and all(isinstance(x, dict) for x in runs)):
+        if not (runs and all(isinstance(group, dict) for group in runs)):
             wrong(f"suite {path}: runs is a list of groups, each below a line [[runs]]")
         for keys, known_keys in [(suite, SUITE_KEYS), *((x, GROUP_KEYS) for x in suite["runs"])]:
             if unknown := sorted(keys.keys() - set(known_keys)):

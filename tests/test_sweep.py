@@ -19,7 +19,7 @@ import pytest
 import wandb_file
 from conftest import ROOT, TESTS, call, checkpoint, environ, metrics, same, without_times
 
-from benchmark import rows
+from benchmark import jobs, rows
 from benchmark.results import read_run
 from benchmark.sweep import main
 
@@ -300,6 +300,8 @@ def test_a_disk_without_locks_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     done = plan(suite(tmp_path), "--run-root", tmp_path / "r", code=1)
     assert "Function not implemented; go on: " in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(OSError, match="not implemented"):  # not "somebody has it"
+        jobs.is_locked(tmp_path / "small.toml")
 
 
 def test_a_damaged_folder_holds_another_run(tmp_path):
