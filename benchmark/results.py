@@ -87,6 +87,7 @@ def hash_of_text(text: str) -> str:
 
 
 def hash_of_tree(text: str) -> str:
+    """Of the text alone, whatever runs it may stand with."""
     tree, end = ast.parse(text), text.partition(INFRASTRUCTURE)[0].count("\n") + 1
     below = [node for part in tree.body if part.lineno > end for node in ast.walk(part)]
     kept = [part for part in tree.body if part.lineno <= end]
