@@ -439,7 +439,7 @@ def train(args: Args) -> None:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         # 4. Update
-        metrics = policy_step(normed_obs, actions, advantages, args.max_kl * remaining * ~noise)
+        metrics = policy_step(normed_obs, actions, advantages * ~noise, args.max_kl * remaining)
         inputs, targets = normed_obs.flatten(0, 1), returns.flatten()
         for _ in range(args.critic_steps):
             sampled = rng.integers(len(targets), size=args.critic_batch_size)

@@ -207,6 +207,12 @@ def assert_same_end(folder, reference):
     assert without_times(metrics(folder)) == without_times(metrics(reference))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores, as some tests mostly wait: for a signal, for Ray, for other processes."""
+    return os.cpu_count() + 1
+
+
 def pytest_terminal_summary(terminalreporter):
     for name in sorted(FOUND - set(SCRIPTS)):
         terminalreporter.write_line(f"not tested: {name}.py, without a line in tests/conftest.py")

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from conftest import (
+    GAMES,
     ONE,
     assert_same_end,
     checkpoint,
@@ -21,9 +22,14 @@ from conftest import (
 )
 
 KILLS = int(os.environ.get("KILLS", 1))  # more on request: KILLS=20 python -m pytest -k instant
-LONG = ["--total-timesteps", 3072, "--checkpoint-frequency", 256]
+LONG = ["--total-timesteps", 3072, "--checkpoint-frequency", 256]  # 24 iterations
+LONG_GAMES = ["--num-steps", 16, "--total-timesteps", 768, "--checkpoint-frequency", 64]  # as many
 RARE = ["--total-timesteps", 3072, "--checkpoint-frequency", 0]
 HUGE = ["--num-steps", 2**16, "--num-minibatches", 1]  # an iteration that takes for ever
+
+
+def long(script):
+    return LONG_GAMES if script == GAMES else LONG
 
 
 def start(script, *arguments, quick=True):
@@ -68,7 +74,7 @@ def undisturbed(tmp_path_factory):
     def get(script):
         if script not in runs:
             runs[script] = tmp_path_factory.mktemp(script) / "undisturbed"
-            run(script, "--run-dir", runs[script], *LONG, "--env-id", env_id(script))
+            run(script, "--run-dir", runs[script], *long(script), "--env-id", env_id(script))
         return runs[script]
 
     return get
@@ -91,7 +97,7 @@ def test_crashed_in_an_iteration(script, undisturbed, tmp_path, monkeypatch, ite
         end_iteration(*arguments)
 
     monkeypatch.setattr(module.Run, "end_iteration", crash)
-    done = run(script, "--run-dir", folder, *LONG, "--env-id", env_id(script), code=1)
+    done = run(script, "--run-dir", folder, *long(script), "--env-id", env_id(script), code=1)
     assert "Crash" in done.stderr
     monkeypatch.setattr(module.Run, "end_iteration", end_iteration)
     done = run(script, "--resume", folder, quick=False)
@@ -104,7 +110,7 @@ def test_killed_at_a_random_instant(script, undisturbed, tmp_path, number):
     """kill -9 anywhere from the first file to the end: same weights and metrics, bit for bit."""
     reference, folder = undisturbed(script), tmp_path / "killed"
     duration = metrics(reference)[-1]["wall_time"]
-    process = start(script, "--run-dir", folder, *LONG)
+    process = start(script, "--run-dir", folder, *long(script))
     while not (folder / "args.json").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
