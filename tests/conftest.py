@@ -209,7 +209,7 @@ def assert_same_end(folder, reference):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """One more than cores, as some tests mostly wait: for a signal, for Ray, for other processes."""
+    """One more than cores, as some tests mostly wait: for signals, for Ray, for other processes."""
     return os.cpu_count() + 1
 
 
