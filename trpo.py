@@ -2,33 +2,33 @@
 
 The policy gradient says in which direction to change the parameters, but not how far: a small
 change of them can be a large one of the policy. TRPO limits the change of the policy itself: the
-mean KL divergence between the old and the new policy is at most delta. For a small change x of the
-parameters, this KL is about x^T F x / 2, with the Fisher matrix F. Then the best direction is not
-the gradient g but the natural gradient F^-1 g, which conjugate gradients find from products of F
-with vectors, without F itself. As all this holds only for small changes, a line search shortens the
-step until the true KL is small enough and L (below) is better.
+mean KL divergence between the old and the new policy is at most max_kl. For a small change d of the
+parameters, this KL is about d^T F d / 2, where F, the Fisher matrix, is its second derivative. Then
+the best direction is not the gradient g but the natural gradient F^-1 g. The conjugate gradient
+method finds it from products of F with vectors, without storing F. As all this holds only for small
+changes, a line search shortens the step until the true KL is small enough and L (below) is better.
 Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, or GAE's (arXiv:1506.02438).
 
     for each iteration:
         run the policy for num_steps in each of num_envs environments
-        e_t = r_t + gamma V(s_t+1) - V(s_t)                                       (GAE, eq. 11)
-        A_t = e_t + gamma lambda A_t+1, and R_t = A_t + V(s_t)                    (GAE, eq. 16)
-        (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or rollout)
-        g = gradient of L = mean of A_t pi(a_t|s_t) / pi_old(a_t|s_t)             (eq. 14)
-        solve (F + damping) x = g; F v = gradient of v^T (gradient of mean KL)    (appendix C.1)
-        beta = sqrt(2 delta / x^T (F + damping) x), so that beta x has a KL of at most about delta
-        shrink beta until L is better and the mean KL at most delta, or give up   (appendix C)
-        --no-line-search: any beta x, or --npg-step times x, the natural gradient (Kakade 2001)
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                 (GAE, eq. 11)
+        A_t = delta_t + gamma lambda A_{t+1}, and R_t = A_t + V(s_t)              (GAE, eq. 16)
+        (no V(s_{t+1}) after a termination, no A_{t+1} after the end of an episode or rollout)
+        g = gradient of L, where L = mean of A_t pi(a_t|s_t) / pi_old(a_t|s_t)    (eq. 14)
+        solve (F + damping I) x = g; F v = gradient of v^T (gradient of mean KL)  (appendix C.1)
+        beta = sqrt(2 max_kl / x^T (F + damping I) x); beta x has a KL of at most about max_kl
+        shrink beta until L is better and the mean KL at most max_kl, or give up  (appendix C)
+        --no-line-search: beta x, whatever its KL, or --npg-step times x          (Kakade 2001)
         gradient steps of the critic on the mean of (V(s_t) - R_t)^2 / 2, for random minibatches
 
     python trpo.py --env-id HalfCheetah-v5 --seed 1
 
 Deviations from the paper:
-- Advantages come from a critic (arXiv:1506.02438). Small ones, where it explains nothing of the
-  returns, are its errors: no step then. Delta falls to 0. F is damped, and of all samples.
+- Advantages come from a critic (arXiv:1506.02438). Where they are small and it predicts no returns,
+  they are only its errors: no step then. max_kl falls to 0. F is damped, and uses all samples.
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
-- Advantages are normalised; observations and rewards too, as in arXiv:2005.12729. The statistics of
+- Advantages and observations are normalised, rewards scaled (arXiv:2005.12729). The statistics of
   the observations change after the step, and with them the policy a little.
 """
 
@@ -66,7 +66,7 @@ from tqdm import tqdm
 class Args:
     # Algorithm
     max_kl: float = 0.04
-    """Delta: largest mean KL divergence in nats between the old policy and the new one."""
+    """Largest mean KL divergence in nats between the old policy and the new one."""
     cg_steps: Count = 15
     """Largest number of conjugate gradient steps; each takes one product with the Fisher matrix."""
     cg_damping: float = 0.1
@@ -78,7 +78,7 @@ class Args:
     max_backtracks: Count = 10
     """How many steps the line search tries before it keeps the old policy."""
     npg_step: float | None = None
-    """Constant step size along F^-1 g, with --no-line-search; None: as --max-kl allows."""
+    """Constant step size along F^-1 g, with --no-line-search; None: the largest --max-kl allows."""
     gamma: float = 0.99
     """Discount factor per environment step; 1 only where no time limit ends an episode."""
     gae_lambda: float = 0.95
@@ -88,7 +88,7 @@ class Args:
     norm_adv: bool = True
     """Normalise advantages in each batch."""
     small_adv: float = 0.05
-    """No step if advantages have a smaller std and the critic explains nothing of the returns."""
+    """No step if the std of the advantages is smaller and explained_variance is at most 0."""
     critic_learning_rate: float = 1e-3
     """Step size for the critic at the start."""
     anneal_lr: bool = True
@@ -206,7 +206,7 @@ class ValueCritic(nn.Module):
         return self.value(obs).squeeze(-1)
 
 
-# ---- Mathematics of TRPO -------------------------------------------------------------------------
+# ---- Mathematics of TRPO (log_prob, sample, compute_gae: as in a2c.py, below train) --------------
 
 # What an actor returns: logits (..., num_actions), or mean (..., action_dim) and log_std.
 Policy = Tensor | tuple[Tensor, Tensor]
@@ -247,7 +247,7 @@ def conjugate_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Solve A x = b from products of A with vectors; the solution and |b - A x| / |b|.
 
-    A is symmetric and positive definite; where rounding undoes that, x so far is returned.
+    A is symmetric and positive definite. If rounding breaks this, or b is 0, x so far is returned.
 
     Shapes: b (P,) -> x (P,), residual (). Source: Hestenes and Stiefel 1952, section 3.
     """
@@ -281,8 +281,8 @@ def line_search(
 ) -> tuple[Tensor, int]:
     """The first good one of step_size * backtrack_coef^k, k = 0, 1, ..., and the number of tries.
 
-    try_step(step_size) returns the surrogate's improvement and the KL. A step is good if the first
-    is positive and the second at most max_kl. If none is, the step size is 0.
+    try_step(step_size) returns the surrogate's improvement and the KL. A step size is good if the
+    improvement is positive and the KL at most max_kl. If none is good, the result is 0.
 
     Shapes: step_size () -> (). Source: Schulman et al. 2015, appendix C.
     """
@@ -339,7 +339,7 @@ def train(args: Args) -> None:
         assert old_log_probs.shape == advantages.shape
         surrogate = surrogate_objective(log_prob(policy, actions) - old_log_probs, advantages)
         gradient = flatten(torch.autograd.grad(surrogate, parameters, retain_graph=True))  # eq. 14
-        kl = kl_divergence(old_policy, policy).mean()
+        kl = kl_divergence(old_policy, policy).mean()  # 0, as is its gradient; F: its Hessian
         kl_gradient = flatten(torch.autograd.grad(kl, parameters, create_graph=True))
 
         def fisher_product(vector):
@@ -434,12 +434,12 @@ def train(args: Args) -> None:
             rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
         )
         returns = advantages + values
-        noise = (explained_variance(values, returns) <= 0) & (advantages.std() < args.small_adv)
-        if args.norm_adv and advantages.numel() > 1:  # only --npg-step depends on their scale
+        is_noise = (explained_variance(values, returns) <= 0) & (advantages.std() < args.small_adv)
+        if args.norm_adv and advantages.numel() > 1:  # the std of one sample is not defined
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         # 4. Update
-        metrics = policy_step(normed_obs, actions, advantages * ~noise, args.max_kl * remaining)
+        metrics = policy_step(normed_obs, actions, advantages * ~is_noise, args.max_kl * remaining)
         inputs, targets = normed_obs.flatten(0, 1), returns.flatten()
         for _ in range(args.critic_steps):
             sampled = rng.integers(len(targets), size=args.critic_batch_size)
@@ -454,7 +454,7 @@ def train(args: Args) -> None:
             "losses/value_loss": 0.5 * (values - returns).square().mean(),  # before its steps
             "losses/values": values.mean() * reward_scaler.scale,  # in units of the reward
             "losses/explained_variance": explained_variance(values, returns),
-            "charts/learning_rate": critic_optimizer.param_groups[0]["lr"],
+            "charts/learning_rate": critic_optimizer.param_groups[0]["lr"],  # the critic's
         }
         run.end_iteration(global_step, {name: float(x) for name, x in metrics.items()})
     run.finish()
