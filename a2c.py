@@ -2,16 +2,16 @@
 
 A policy gradient that does not wait for the end of the episode: it takes a gradient step after a
 few steps in each of many environments. The critic V serves twice: as the baseline that says which
-returns are better than expected, and as an estimate of what comes after these few steps. Mnih et
-al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438, whose lambda says after
-how many rewards V is used. 1: after all num_steps, as in the paper of Mnih et al. (n-step returns);
-0: after one (TD error); between them: a mixture of all these lengths.
+returns are better than expected, and as an estimate of what comes after these few steps
+(bootstrapping). Mnih et al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438.
+Its lambda sets how many rewards are added before V stands for the rest: 1: all up to num_steps, as
+in Mnih et al. (n-step returns); 0: one (TD error); between them: a mixture of all lengths.
 
     for each update:
         run the policy for num_steps in each of num_envs environments
-        delta_t = r_t + gamma V(s_t+1) - V(s_t)                                       (eq. 11)
-        A_t = delta_t + gamma lambda A_t+1, and R_t = A_t + V(s_t)                     (eq. 16)
-        (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or rollout)
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                     (eq. 11)
+        A_t = delta_t + gamma lambda A_{t+1}, and R_t = A_t + V(s_t)                   (eq. 16)
+        (no V(s_{t+1}) after a termination, no A_{t+1} after the end of an episode or rollout)
         one step on the mean of -log pi(a_t|s_t) A_t + c1 (V(s_t) - R_t)^2 / 2 - c2 entropy
         critic_steps - 1 further steps on the mean of c1 (V(s_t) - R_t)^2 / 2
 
@@ -19,17 +19,17 @@ how many rewards V is used. 1: after all num_steps, as in the paper of Mnih et a
     python a2c.py --env-id ALE/Pong-v5 --seed 1
 
 The paper's A3C has many workers that send gradients to one network without waiting for each other,
-so that a gradient may be of an older policy than the newest. To step all environments with one
-policy, and wait for all, learns at least as well, and uses processors and GPUs better
-(openai.com/index/openai-baselines-acktr-a2c). This synchronous form is called A2C.
+so a gradient may belong to an older policy than the newest. Here one policy acts in all
+environments, and waits for all of them: this learns at least as well, and uses processors and GPUs
+better (openai.com/index/openai-baselines-acktr-a2c). This synchronous form is called A2C.
 
 Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
-- With vector observations: separate networks, and several steps of the critic on each batch, but
-  one of the policy (its gradient is right only for the policy that acted); lambda of 0.95;
+- With vector observations: separate networks; on each batch one step of the policy (its gradient is
+  right only for the policy that acted: on-policy), but several of the critic; lambda of 0.95;
   normalised advantages; and normalised observations and scaled rewards as in arXiv:2005.12729.
-- On Atari: DQN's network (Nature, 2015); Baselines' step size and clipping; 1/4 of the value loss.
+- On Atari: DQN's network (Nature, 2015); Baselines' step size and clipping; (V - R)^2 weighs 1/4.
 """
 
 from __future__ import annotations
@@ -89,19 +89,19 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
-    """Discount factor per environment step; 1 only where no time limit ends an episode."""
+    """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
     gae_lambda: float = Default(0.95, atari=1.0)
-    """Lambda of the advantages. 0: V after one step; 1: V after the last step; arXiv:1506.02438."""
+    """Lambda of GAE. 0: V after one reward; 1: V only at the rollout's end; arXiv:1506.02438."""
     num_steps: Count = Default(8, atari=5)
     """Steps of each environment per update."""
     critic_steps: Count = Default(10, atari=1)
-    """Gradient steps of the critic for each one of the policy."""
+    """Gradient steps of the critic for each gradient step of the policy."""
     norm_adv: bool = Default(True, atari=False)
     """Normalise advantages in each batch."""
     vf_coef: float = 0.5
     """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = Default(0.0, atari=0.01)
-    """Weight of the entropy bonus."""
+    """Weight c2 of the entropy bonus."""
     max_grad_norm: float = 0.5
     """Largest norm of a network's gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -0.5
@@ -135,7 +135,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = Default(1_000_000, atari=10_000_000)
-    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
+    """Environment steps in total, rounded up to iterations; raised at a resume, schedules jump."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = Default("cpu", atari="auto")
@@ -202,7 +202,7 @@ class CategoricalActor(nn.Module):
 
 
 class GaussianActor(nn.Module):
-    """Policy: independent Gaussians. The mean depends on the observation, the spread does not.
+    """Policy: independent Gaussians. The mean depends on the observation, the std does not.
 
     Shapes: obs (..., obs_dim) -> mean (..., action_dim), log_std (action_dim,).
     """
@@ -325,7 +325,7 @@ def train(args: Args) -> None:
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
     discrete = isinstance(action_space, gym.spaces.Discrete)
     to_env = ActionNumbers(action_space) if discrete else ActionScaler(action_space)
-    agent = make_agent(args, obs_shape, to_env).to(device)
+    agent = make_agent(args, obs_shape, to_env).to(device)  # actor and critic in one module
     optimizer = make_optimizer(args, agent)
     networks = [group["params"] for group in optimizer.param_groups]  # each is clipped by itself
     obs_normalizer = ObsNormalizer(*obs_shape, args.obs_clip) if args.norm_obs else nn.Identity()
@@ -347,15 +347,15 @@ def train(args: Args) -> None:
         policy, values = agent(obs)
         log_probs = log_prob(policy, actions)
         assert log_probs.shape == values.shape == advantages.shape == returns.shape
-        policy_loss = -(log_probs * advantages).mean()
-        value_loss = 0.5 * (values - returns).square().mean()
+        policy_loss = -(log_probs * advantages).mean()  # eq. 1
+        critic_loss = 0.5 * (values - returns).square().mean()
         bonus = entropy(policy).mean()
-        loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * bonus
+        loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * bonus
         loss.backward()
         norms = [nn.utils.clip_grad_norm_(network, args.max_grad_norm) for network in networks]
         return {
             "losses/policy_loss": policy_loss.detach(),
-            "losses/value_loss": value_loss.detach(),
+            "losses/value_loss": critic_loss.detach(),
             "losses/entropy": bonus.detach(),
             "losses/grad_norm": norms[0],
         }
@@ -386,13 +386,13 @@ def train(args: Args) -> None:
     last_step = math.ceil(args.total_timesteps / iteration_steps) * iteration_steps
 
     while global_step < last_step:
-        if args.anneal_lr:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * max(0, 1 - global_step / args.total_timesteps)
+        remaining = max(0, 1 - global_step / args.total_timesteps) if args.anneal_lr else 1
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * remaining
         steps = []
         for _ in range(args.num_steps):
             # 1. Act
-            with torch.no_grad():
+            with torch.no_grad():  # the loss takes V in A_t and R_t as constants
                 policy, values = agent(to_network(obs))
                 actions = sample(policy, rng)
 
@@ -414,7 +414,7 @@ def train(args: Args) -> None:
             if args.atari and args.episodic_life:
                 last_lives, lives = lives, count_lives(args, envs)
                 terminations = terminations | ((lives < last_lives) & ~dones)
-            ends = terminations | truncations
+            ends = terminations | truncations  # dones, and lost lives on Atari
             step = last_obs, actions, values, rewards, terminations, ends, cut_values
             steps.append(step)
 
@@ -426,20 +426,20 @@ def train(args: Args) -> None:
             rewards = reward_scaler(rewards)
         with torch.no_grad():
             _, last_values = agent(to_network(obs))
-        next_values = torch.cat([values[1:], last_values[None]])  # V(s_t+1)
+        next_values = torch.cat([values[1:], last_values[None]])  # V(s_{t+1})
         next_values = torch.where(ends > 0, cut_values, next_values)
         advantages = compute_gae(  # eq. 11, 16
             rewards, values, next_values, terminations, ends, args.gamma, args.gae_lambda
         )
         returns = advantages + values
         metrics = {
-            "losses/values": values.mean() * reward_scaler.scale,
+            "losses/values": values.mean() * reward_scaler.scale,  # in units of the reward
             "losses/explained_variance": explained_variance(values, returns),
         }
-
-        # 4. Update
         if args.norm_adv and batch_size > 1:  # the std of one sample is not defined
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+        # 4. Update
         inputs, targets = to_network(observed).flatten(0, 1), returns.flatten()
         optimizer.zero_grad()
         step_metrics = gradient_step(inputs, actions.flatten(0, 1), advantages.flatten(), targets)
@@ -454,7 +454,7 @@ def train(args: Args) -> None:
 
         # 5. Log, checkpoint, evaluate
         finite = update_metrics[-1]["losses/policy_loss"].isfinite()
-        if due(global_step, iteration_steps) or not finite:  # if it is not, the run ends
+        if due(global_step, iteration_steps) or not finite:  # end_iteration stops if not finite
             metrics = {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
             for name in update_metrics[0]:
                 metrics[name] = torch.stack([x[name] for x in update_metrics]).mean().item()

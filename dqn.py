@@ -91,7 +91,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
-    """Discount factor per environment step; 1 only where no time limit ends an episode."""
+    """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
     buffer_size: Count = Default(50_000, atari=1_000_000)
     """Transitions in the replay memory; on Atari a million take 7 GB."""
     learning_starts: Count = Default(1_000, atari=50_000)
@@ -133,7 +133,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = Default(500_000, atari=10_000_000)
-    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
+    """Environment steps in total, rounded up to iterations; raised at a resume, schedules jump."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = Default("cpu", atari="auto")

@@ -6,9 +6,9 @@ end of an episode. Schulman et al. 2017, arXiv:1707.06347; equation numbers are 
 
     for each iteration:
         run the policy for num_steps in each of num_envs games                  (Algorithm 1)
-        delta_t = r_t + gamma V(s_t+1) - V(s_t)                                 (eq. 12)
-        A_t = delta_t + gamma lambda A_t+1, R_t = A_t + V(s_t)                  (eq. 11, recursive)
-        (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or rollout)
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                               (eq. 12)
+        A_t = delta_t + gamma lambda A_{t+1}, R_t = A_t + V(s_t)                (eq. 11, recursive)
+        (no V(s_{t+1}) after a termination, no A_{t+1} after the end of an episode or rollout)
         for each epoch and each minibatch:
             ratio = pi(a|s) / pi_old(a|s)                                       (section 3)
             L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)           (eq. 7)
@@ -76,9 +76,9 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
-    """Discount factor per environment step; 1 only where no time limit ends an episode."""
+    """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
     gae_lambda: float = 0.95
-    """Lambda of the advantages. 0: V after one step; 1: V after the last step; arXiv:1506.02438."""
+    """Lambda of GAE. 0: V after one reward; 1: V only at the rollout's end; arXiv:1506.02438."""
     num_steps: Count = 128
     """Steps of each environment per iteration."""
     num_minibatches: Count = 4
@@ -94,7 +94,7 @@ class Args:
     vf_coef: float = 0.5
     """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = 0.01
-    """Weight of the entropy bonus."""
+    """Weight c2 of the entropy bonus."""
     max_grad_norm: float = 0.5
     """Largest norm of the whole gradient; a longer gradient is scaled down to it."""
 
@@ -120,7 +120,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = 10_000_000
-    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
+    """Environment steps in total, rounded up to iterations; raised at a resume, schedules jump."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -235,7 +235,7 @@ def compute_gae(
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """KL(old, new) in nats, from actions of the old policy. Unbiased; 0 or more, up to rounding.
+    """KL(old, new) in nats, from old actions. Unbiased if new did not learn from them; 0 or more.
 
     log_ratio is log pi(a|s) - log pi_old(a|s); the gradient through it is unbiased as well.
 
@@ -260,7 +260,7 @@ def ppo_policy_loss(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
-    """Half the mean squared error: for each sample, that of V or of clipped V if it is larger.
+    """Half the mean of each sample's larger squared error: of V, or of V clipped near old_values.
 
     Shapes: values, old_values, returns (B,) -> (). Source: Engstrom et al. 2020, section 3.
     """
@@ -379,7 +379,7 @@ def train(args: Args) -> None:
         observed, actions, log_probs, values, rewards, terminations, ends, cut_values = stacked
         with torch.no_grad():
             _, last_values = forward(torch.from_numpy(obs).to(device))
-        next_values = torch.cat([values[1:], last_values[None]])  # V(s_t+1)
+        next_values = torch.cat([values[1:], last_values[None]])  # V(s_{t+1})
         next_values = torch.where(ends > 0, cut_values, next_values)  # 0 if no time limit cut it
         advantages = compute_gae(  # eq. 11, 12
             rewards, values, next_values, terminations, ends, args.gamma, args.gae_lambda

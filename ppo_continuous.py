@@ -1,16 +1,16 @@
 """Proximal Policy Optimization (PPO) for continuous actions, complete in this one file.
 
-PPO collects a short rollout with the current policy and then takes several epochs of gradient steps
-on it. Its policy loss gains nothing from moving the probability ratio between the new and the old
-policy out of [1 - eps, 1 + eps]. One rollout can therefore be used many times without the policy
-moving too far from the data. Schulman et al. 2017, arXiv:1707.06347; equation numbers are theirs.
+PPO takes several epochs of gradient steps on one rollout. From the second step on, its actions are
+those of an old policy. So the ratio pi(a|s) / pi_old(a|s) replaces log pi(a|s); at ratio 1, both
+have the same gradient. The loss gains nothing from a ratio outside [1 - eps, 1 + eps], so that the
+policy stays close to the data. Schulman et al. 2017, arXiv:1707.06347; equation numbers are theirs.
 
     for each iteration:
         run the policy for num_steps in each of num_envs environments           (Algorithm 1)
         for each epoch:
-            delta_t = r_t + gamma V(s_t+1) - V(s_t)                             (eq. 12)
-            A_t = delta_t + gamma lambda A_t+1, R_t = A_t + V(s_t)              (eq. 11, recursive)
-            (no V(s_t+1) after a termination, no A_t+1 after the end of an episode or rollout)
+            delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                           (eq. 12)
+            A_t = delta_t + gamma lambda A_{t+1}, R_t = A_t + V(s_t)            (eq. 11, recursive)
+            (no V(s_{t+1}) after a termination, no A_{t+1} after the end of an episode or rollout)
             for each minibatch:
                 ratio = pi(a|s) / pi_old(a|s)                                   (section 3)
                 L = mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)       (eq. 7)
@@ -72,9 +72,9 @@ class Args:
     anneal_lr: bool = True
     """Lower the learning rate linearly over the run, to 0 (arXiv:2006.05990, section 3.7)."""
     gamma: float = 0.99
-    """Discount factor per environment step; 1 only where no time limit ends an episode."""
+    """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
     gae_lambda: float = 0.95
-    """Lambda of the advantages. 0: V after one step; 1: V after the last step; arXiv:1506.02438."""
+    """Lambda of GAE. 0: V after one reward; 1: V only at the rollout's end; arXiv:1506.02438."""
     num_steps: Count = 256
     """Steps of each environment per iteration."""
     num_minibatches: Count = 32
@@ -98,7 +98,7 @@ class Args:
     vf_coef: float = 0.5
     """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight c2 of the entropy bonus."""
     max_grad_norm: float = 0.5
     """Largest norm of the whole gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -1.0
@@ -124,7 +124,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = 1_000_000
-    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
+    """Environment steps in total, rounded up to iterations; raised at a resume, schedules jump."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
@@ -174,7 +174,7 @@ def tanh_mlp(in_dim: int, out_dim: int, out_gain: float) -> nn.Sequential:
 
 
 class GaussianActor(nn.Module):
-    """Policy: independent Gaussians. The mean depends on the observation, the spread does not.
+    """Policy: independent Gaussians. The mean depends on the observation, the std does not.
 
     Shapes: obs (..., obs_dim) -> mean (..., action_dim), log_std (action_dim,).
     """
@@ -238,7 +238,7 @@ def compute_gae(
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """KL(old, new) in nats, from actions of the old policy. Unbiased; 0 or more, up to rounding.
+    """KL(old, new) in nats, from old actions. Unbiased if new did not learn from them; 0 or more.
 
     log_ratio is log pi(a|s) - log pi_old(a|s); the gradient through it is unbiased as well.
 
@@ -273,7 +273,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
-    """Half the mean squared error: for each sample, that of V or of clipped V if it is larger.
+    """Half the mean of each sample's larger squared error: of V, or of V clipped near old_values.
 
     Shapes: values, old_values, returns (B,) -> (). Source: Engstrom et al. 2020, section 3.
     """
@@ -419,7 +419,7 @@ def train(args: Args) -> None:
             if epoch == 0:  # before the critic learns; for the clipped value loss and the log
                 old_values = values
                 metrics = {
-                    "losses/values": (values.mean() * reward_scale).item(),  # unit: the reward's
+                    "losses/values": (values.mean() * reward_scale).item(),  # reward units
                     "losses/explained_variance": explained_variance(values, returns).item(),
                 }
 
@@ -435,7 +435,7 @@ def train(args: Args) -> None:
                 optimizer.step()
                 minibatch_metrics.append(step_metrics)
                 log_ratios.append(log_ratio)
-            for name in step_metrics:  # means over the epoch, while the policy changes
+            for name in step_metrics:  # means over the last epoch, while the policy changes
                 metrics[name] = torch.stack([x[name] for x in minibatch_metrics]).mean().item()
             log_ratio = torch.cat(log_ratios)
             metrics["losses/approx_kl"] = approximate_kl(log_ratio).item()

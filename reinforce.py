@@ -2,16 +2,16 @@
 
 The policy plays whole episodes. Then every action becomes more likely in proportion to its
 episode's return; on average, this is a step along the gradient of the expected return. But the
-return of a single episode is very noisy. The two ideas that reduce the noise are switches here.
---reward-to-go: rewards from before an action say nothing about it, and are left out. --baseline: a
-number b is subtracted from the return. If the action has no influence on its own b, this changes
-nothing on average, because the gradient of log pi(a|s) is 0 on average. Williams 1992,
-doi:10.1007/BF00992696; with V(s) as baseline: Sutton et al. 1999 (NIPS 12, pages 1057 to 1063).
-Equation and section numbers are those of arXiv:1506.02438.
+return of one episode is very noisy. Two switches reduce the noise. --reward-to-go: the rewards
+before an action do not depend on it, and are left out. --baseline: a number b is subtracted from
+the return, so that only actions better than expected become more likely. If b does not depend on
+the action, this changes nothing on average, because the gradient of log pi(a|s) is 0 on average.
+Williams 1992, doi:10.1007/BF00992696; V(s) as baseline: Sutton et al. 1999 (NIPS 12). Equation and
+section numbers are those of arXiv:1506.02438, the paper on GAE.
 
     for each iteration:
         play one whole episode in each of num_envs environments
-        G_t = r_t + gamma G_t+1                                          (section 2)
+        G_t = r_t + gamma G_{t+1}; --no-reward-to-go: G_0 for every t            (section 2)
         A_t = G_t - b, with a constant b, or one for each t, or b = V(s_t)
         one Adam step on -mean over episodes of sum over t of log pi(a_t|s_t) A_t       (eq. 1)
         with b = V(s_t): gradient steps on the mean of (V(s_t) - G_t)^2 / 2
@@ -23,9 +23,9 @@ Deviations from the paper (Williams 1992):
 - A time limit is not part of the task (arXiv:1712.00378). With --baseline value, the return goes on
   with V of the episode's last observation. The other baselines have no V: there, the return ends
   with the episode, and the last actions before the limit miss the rewards that would have followed.
-- The return from each step is discounted from that step on. --no-reward-to-go follows the exact
-  gradient of the discounted return, in which a factor gamma^t makes late steps count for little.
-  With gamma 1 there is no such factor, and --reward-to-go changes only the noise.
+- --reward-to-go leaves out a factor gamma^t, which G_t has in the exact gradient of the discounted
+  return and which makes late steps count for little. --no-reward-to-go follows the exact gradient.
+  With gamma 1 the factor is 1, and --reward-to-go changes only the noise.
 - Advantages are divided by their root mean square, so that the units of the reward do not matter.
   Their mean is not subtracted: that would be one more baseline.
 - Adam with a falling learning rate, where the paper has plain gradient ascent.
@@ -70,18 +70,18 @@ class Args:
     anneal_lr: bool = True
     """Lower the learning rates linearly over the run, to 0 at its end."""
     gamma: float = 0.99
-    """Discount factor per environment step; 1 only where no time limit ends an episode."""
+    """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
     reward_to_go: bool = True
-    """Weight an action by the rewards after it; without: by the return of the whole episode."""
+    """Weight each action by the rewards from its step on; if off, by the whole episode's return."""
     baseline: Literal["none", "constant", "optimal", "time", "value"] = "value"
-    """What is subtracted. From the other episodes: their mean return, over all steps (constant) or
-    at the same step (time), or of least gradient variance (optimal). value: a learned V(s)."""
+    """What is subtracted. none: 0. constant: mean return of the other episodes. time: the same, at
+    the same step. optimal: from them, the b of least gradient variance. value: a learned V(s)."""
     norm_adv: bool = True
     """Divide advantages by their root mean square."""
     critic_learning_rate: float = 1e-3
     """Step size for the critic at the start."""
     critic_steps: Count = 40
-    """Gradient steps of the critic for each one of the policy."""
+    """Gradient steps of the critic for each gradient step of the policy."""
     critic_batch_size: Count = 256
     """Samples in a gradient step of the critic."""
     log_std_init: float = -0.5
@@ -107,7 +107,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = 1_000_000
-    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
+    """Environment steps in total, rounded up to iterations; raised at a resume, schedules jump."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
@@ -168,7 +168,7 @@ class CategoricalActor(nn.Module):
 
 
 class GaussianActor(nn.Module):
-    """Policy: independent Gaussians. The mean depends on the observation, the spread does not.
+    """Policy: independent Gaussians. The mean depends on the observation, the std does not.
 
     Shapes: obs (..., obs_dim) -> mean (..., action_dim), log_std (action_dim,).
     """
@@ -265,17 +265,17 @@ def discounted_returns(rewards: Tensor, cut_values: Tensor, dones: Tensor, gamma
 def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     """Minus the mean over episodes of sum over t of log pi(a_t|s_t) A_t.
 
-    Its value has no meaning. Its gradient estimates minus the policy gradient: without bias, if
+    Its gradient estimates -grad E[G] = -E[G grad log p], as grad p = p grad log p; of an episode's
+    log p, only the terms log pi(a_t|s_t) have a gradient. Its value has no meaning. No bias if
     gamma is 1, no time limit cuts, --norm-adv is off and no action changes its own baseline.
 
-    Shapes: log_probs, advantages (T, N), advantages 0 after an episode's end -> ().
-    Source: Williams 1992, theorem 2.
+    Shapes: (T, N), advantages 0 after an episode's end -> (). Source: Williams 1992, theorem 2.
     """
     return -(log_probs * advantages).sum(0).mean()
 
 
 def episode_gradients(actor: nn.Module, obs: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of sum over t of weights_t log pi(a_t|s_t), for each episode apart.
+    """Gradient of sum over t of weights_t log pi(a_t|s_t), for each episode separately.
 
     Shapes: obs (T, N, obs_dim), actions (T, N, ...), weights (T, N), 0 after an episode's end
     -> (N, number of the actor's parameters).
@@ -290,8 +290,8 @@ def episode_gradients(actor: nn.Module, obs: Tensor, actions: Tensor, weights: T
     return torch.cat([x.flatten(1) for x in gradients.values()], dim=1).detach()
 
 
-# These baselines come from the other episodes (totals minus the own part), so that no action
-# changes its own (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!").
+# These baselines come from the other episodes (all totals minus this episode's), so that no action
+# changes its own baseline (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!").
 # `playing` is 1 at an episode's steps and 0 after its end.
 
 
@@ -352,9 +352,8 @@ def train(args: Args) -> None:
         to_env = ActionScaler(action_space)
         actor = GaussianActor(obs_dim, to_env.dim, args.log_std_init).to(device)
     critic = ValueCritic(obs_dim).to(device)
-    optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
-    critic_lr = args.critic_learning_rate
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=critic_lr, fused=True)
+    optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, fused=True)
     obs_normalizer = ObsNormalizer(obs_dim, args.obs_clip) if args.norm_obs else nn.Identity()
     obs_normalizer.to(device)
     return_scaler = ReturnScaler(1).to(device)
@@ -375,7 +374,7 @@ def train(args: Args) -> None:
         loss.backward()
         return loss.detach()
 
-    if args.compile:  # the policy's batch has another length every time
+    if args.compile:  # the critic alone: the policy's batch has another length every time
         torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
         critic_step = torch.compile(critic_step, fullgraph=True)
     state = {"actor": actor, "critic": critic, "optimizer": optimizer}
@@ -391,7 +390,7 @@ def train(args: Args) -> None:
     while global_step < args.total_timesteps:
         remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-        critic_optimizer.param_groups[0]["lr"] = critic_lr * remaining
+        critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * remaining
 
         envs.set_attr("waiting", False)  # all begin their next episode
         obs, playing = np.stack(envs.get_attr("obs")), np.ones(args.num_envs, np.bool_)
@@ -423,7 +422,7 @@ def train(args: Args) -> None:
         observed, actions, rewards, dones, cut_values, playing = stack_steps(steps, device)
         normed_obs, mask = to_network(observed), playing > 0
         returns = discounted_returns(rewards, cut_values, dones, args.gamma)  # section 2
-        weights = returns if args.reward_to_go else returns[:1].expand_as(returns)
+        weights = returns if args.reward_to_go else returns[:1].expand_as(returns)  # or G_0
         if args.baseline == "none":
             baseline = torch.zeros_like(returns)
         elif args.baseline == "constant":

@@ -80,9 +80,9 @@ class Args:
     npg_step: float | None = None
     """Constant step size along F^-1 g, with --no-line-search; None: the largest --max-kl allows."""
     gamma: float = 0.99
-    """Discount factor per environment step; 1 only where no time limit ends an episode."""
+    """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
     gae_lambda: float = 0.95
-    """Lambda of the advantages. 0: V after one step; 1: V after the last step; arXiv:1506.02438."""
+    """Lambda of GAE. 0: V after one reward; 1: V only at the rollout's end; arXiv:1506.02438."""
     num_steps: Count = 64
     """Steps of each environment per iteration."""
     norm_adv: bool = True
@@ -94,7 +94,7 @@ class Args:
     anneal_lr: bool = True
     """Lower --max-kl and the critic's learning rate linearly over the run, to 0 at its end."""
     critic_steps: Count = 80
-    """Gradient steps of the critic for each one of the policy."""
+    """Gradient steps of the critic for each gradient step of the policy."""
     critic_batch_size: Count = 256
     """Samples in a gradient step of the critic."""
     log_std_init: float = -0.5
@@ -120,7 +120,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = 1_000_000
-    """Environment steps in total, rounded up to iterations; raising it later shifts schedules."""
+    """Environment steps in total, rounded up to iterations; raised at a resume, schedules jump."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
@@ -181,7 +181,7 @@ class CategoricalActor(nn.Module):
 
 
 class GaussianActor(nn.Module):
-    """Policy: independent Gaussians. The mean depends on the observation, the spread does not.
+    """Policy: independent Gaussians. The mean depends on the observation, the std does not.
 
     Shapes: obs (..., obs_dim) -> mean (..., action_dim), log_std (action_dim,).
     """
@@ -428,7 +428,7 @@ def train(args: Args) -> None:
             rewards = reward_scaler(rewards)
         with torch.no_grad():
             values, last_values = critic(normed_obs), critic(to_network(obs))
-        next_values = torch.cat([values[1:], last_values[None]])  # V(s_t+1)
+        next_values = torch.cat([values[1:], last_values[None]])  # V(s_{t+1})
         next_values = torch.where(dones > 0, cut_values, next_values)
         advantages = compute_gae(  # GAE, eq. 11, 16
             rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
