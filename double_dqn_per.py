@@ -25,7 +25,7 @@ Deviations from the papers:
 - Weights are divided by the largest of the minibatch; priorities use TD errors without clipping.
 - The loss is the mean over the minibatch, where the papers' code sums, so RMSProp's constant is
   smaller, too: the papers divide by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
-- The tuned network of (A) shares one bias between all actions; this one does not.
+- (A) shares one bias between all actions. Atari's step size is (B)'s; (A)'s is 4 times as large.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss, which does not clip large errors.
 - FIRE comes before no-ops and after lost lives. Epsilon falls from step 1. Evaluation is greedy.
@@ -598,7 +598,7 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and up to 28 no-ops. After a lost life, FIRE is
+    two of 4 emulated ones. A game starts with FIRE and 0 to 28 no-ops. After a lost life, FIRE is
     pressed whatever the action, as Breakout would wait for it. `lives` counts those left.
     """
 

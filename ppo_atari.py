@@ -26,7 +26,7 @@ Deviations from the paper:
 - As in OpenAI Baselines: the network of DQN (Nature, 2015), orthogonal weights, normalised
   advantages, clipped gradients, a clipped value loss of a quarter of the paper's weight (c1 is 1/2,
   and the loss is half the squared error), 4 epochs instead of 3, and Adam's epsilon of 1e-5.
-- The clipping's epsilon stays as it is; only the learning rate falls to 0.
+- Epsilon does not fall to 0. After a lost life, FIRE replaces an action that is still learned from.
 - A minibatch is not a random set of transitions. It holds the transitions of all games at randomly
   chosen time steps, so it is the same whichever process plays which game.
 """
@@ -114,7 +114,7 @@ class Args:
     episodic_life: bool = True
     """Atari: learn as if a lost life ended the episode; the game goes on."""
     fire_reset: bool = True
-    """Atari: press FIRE at the start of a game, and after a lost life, as Baselines does."""
+    """Atari: press FIRE at the start of a game, and after a lost life, much as Baselines does."""
 
     # Run
     seed: Count = 1
@@ -466,7 +466,7 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and up to 28 no-ops. After a lost life, FIRE is
+    two of 4 emulated ones. A game starts with FIRE and 0 to 28 no-ops. After a lost life, FIRE is
     pressed whatever the action, as Breakout would wait for it. `lives` counts those left.
     """
 
@@ -1063,6 +1063,8 @@ def join_processes(args: Args) -> None:
         return
     if args.num_envs % world_size:
         stop(f"error: --num-envs {args.num_envs}: must be a multiple of {world_size} processes")
+    if torch.backends.mps.is_available() and args.device in ("auto", "mps"):  # gloo cannot
+        stop(f"error: --device {args.device}: several processes need --device cpu on a Mac")
     backend = "gloo"  # for what is on the CPU, such as the episodes of all games
     if torch.cuda.is_available() and args.device in ("auto", "cuda"):
         place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

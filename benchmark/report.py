@@ -8,9 +8,12 @@ A report has its tables as CSV files, too, and its pictures as PNG and PDF.
 
 import argparse
 import csv
+import itertools
 import math
 import statistics
 import sys
+import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from benchmark import plots
 from benchmark.results import RESULTS, ROOT, load, read_run, run_folders
 from benchmark.rows import (
     ALGORITHMS,
+    SUITES,
     Row,
     aggregates,
     comparable,
@@ -73,7 +77,7 @@ def steps(count: int) -> str:
 
 
 def published_cell(row: Row, label: str, sources: list[str]) -> str:
-    """A published result with a reference to its source, which is added to `sources`."""
+    """A published result, its steps if they are not ours, and its number in `sources`."""
     found = row.published(label)
     if not found:
         return ""
@@ -84,18 +88,18 @@ def published_cell(row: Row, label: str, sources: list[str]) -> str:
     sources += [note] if note not in sources else []
     mean = float(found["mean"])
     spread = f" ± {number(float(found['std']), mean)}" if found["std"] else ""
-    return f"{number(mean)}{spread} [{sources.index(note) + 1}]"
+    count = int(found["steps"])
+    after = f" ({steps(count)} steps)" if count != row.arguments["total_timesteps"] else ""
+    return f"{number(mean)}{spread}{after} <sup>{sources.index(note) + 1}</sup>"
 
 
 def table(rows: list[Row], sources: list[str]) -> str:
     """Final evaluations of one script beside published numbers; adds to the list of sources."""
-    lines = [
-        f"| `{rows[0].script}.py` | steps | mean ± std | 95 % interval of the mean | seeds |"
-        " best published | best published final | CleanRL |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    titles = {"best": "best published", "final": "best published final", "CleanRL": "CleanRL"}
+    labels = [label for label in titles if any(row.published(label) for row in rows)]
+    names = ["steps", "mean ± std", "95 % interval of the mean", "seeds", *map(titles.get, labels)]
+    lines = [f"| `{rows[0].script}.py` | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
-        labels = ("best", "final", "CleanRL")
         published = [published_cell(row, label, sources) for label in labels]
         line, ours, around = summary(row), "", ""
         seeds = f"{line['seeds']}" + (f" of {line['runs']}" if line["seeds"] < line["runs"] else "")
@@ -104,7 +108,9 @@ def table(rows: list[Row], sources: list[str]) -> str:
             if not math.isnan(line["low"]):
                 low, high = (number(line[name], line["mean"]) for name in ("low", "high"))
                 around = f"[{low}, {high}]"
-                ours = f"**{ours}**" if line["mean"] >= line["best_published"] else ours
+                best = row.published("best")
+                fair = best and line["steps"] <= int(best["steps"])
+                ours = f"**{ours}**" if fair and line["mean"] >= float(best["mean"]) else ours
         cells = [row.heading, steps(line["steps"]), ours, around]
         lines.append(f"| {' | '.join([*cells, seeds, *published])} |")
     return "\n".join([*lines, ""])
@@ -112,7 +118,7 @@ def table(rows: list[Row], sources: list[str]) -> str:
 
 def details(rows: list[Row], sources: list[str]) -> str:
     """Where published numbers are from, and every run, finished or not, folded away."""
-    notes = [f"[{n}] {text}  " for n, text in enumerate(sources, 1)]
+    notes = [f"{n}. {text}" for n, text in enumerate(sources, 1)]
     lines = [
         f"<details><summary>{'Sources of the published numbers; every' if notes else 'Every'} run"
         "</summary>\n",
@@ -153,8 +159,8 @@ def score_table(rows: list[Row]) -> str:
     scores, shared = comparable(rows)
     lines = [
         f"Over {len(shared)} environments ({', '.join(shared)}), with scores normalised so that"
-        " random actions are 0 and the best published result is 1, every environment weighing the"
-        " same:\n",
+        " random actions are 0 and the best published result of any algorithm is 1, every"
+        " environment weighing the same:\n",
         *unequal_seeds({name: [envs[x] for x in shared] for name, envs in scores.items()}),
         "| script | IQM [95 % interval] | mean [95 % interval] | runs at or above 1 |",
         "|---|---|---|---|",
@@ -181,16 +187,19 @@ def unequal_seeds(parts: dict[str, list[np.ndarray]]) -> list[str]:
     return [f"Numbers of seeds differ: {', '.join(said)}.\n"]
 
 
-def comparison(rows: list[Row]) -> str:
-    """Contenders side by side, and who beats whom, on environments that two of them share."""
-    finals, found = own(rows), pairs(rows)
+def comparison(rows: list[Row], fewest: int = 1) -> str:
+    """Contenders side by side, and who beats whom, if they share so many environments."""
+    finals = own(rows)
+    found = [pair for pair in pairs(rows) if pair["environments"] >= fewest]
     several = {f"{row.contender} on {row.environment}" for row in rows if row.note and row.done}
     left = [f"Not compared, as there are several rows: {', '.join(sorted(several))}.\n"]
     if not found:
         return "\n".join(left) if several else ""
     names = [name for name in finals if any(name in (pair["x"], pair["y"]) for pair in found)]
     env_ids = sorted({x for p in found for x in finals[p["x"]].keys() & finals[p["y"]]})
-    lines = [
+    mixed = mixtures(rows)
+    lines = [f"Careful, not only the algorithm differs: {'; '.join(mixed)}.\n"] if mixed else []
+    lines += [
         "Mean final return ± std over seeds (number of seeds), side by side:\n",
         f"| environment | {' | '.join(map(code, names))} |",
         "|---|" + "---|" * len(names),
@@ -211,12 +220,43 @@ def comparison(rows: list[Row]) -> str:
         chance = f"{pair['probability']:.2f}{bracket(pair['low'], pair['high'])}"
         cells = [code(pair["x"]), code(pair["y"]), chance, str(pair["environments"])]
         lines.append(f"| {' | '.join(cells)} |")
-    if mixed := mixtures(rows):
-        lines += ["", f"Careful, not only the algorithm differs: {'; '.join(mixed)}."]
     return "\n".join([*lines, "", *(left if several else [])])
 
 
 # ---- README and reports --------------------------------------------------------------------------
+
+
+def still_to_run(rows: list[Row]) -> str:
+    """What the suites name, and no row of today's code has with as many seeds, folded away."""
+    lines, planned = [], 0
+    for path in sorted(path for path in SUITES.glob("*.toml") if path.stem != "smoke"):
+        suite = tomllib.loads(path.read_text())
+        wanted = defaultdict(list)
+        for part in suite["runs"]:
+            total = int(float(part["args"][part["args"].index("--total-timesteps") + 1]))
+            name = f", {part['name']}" if "name" in part else ""
+            for script, env_id in itertools.product(part["scripts"], part["env_ids"]):
+                planned += 1
+                made = any(
+                    (row.script, row.title) == (script, env_id + name)
+                    and row.arguments["total_timesteps"] == total
+                    and len(row.done) >= len(suite["seeds"])
+                    and not row.older
+                    for row in rows
+                )
+                wanted[script] += [] if made else [env_id + name]
+        lines += [f"| {path.stem} | `{x}.py` | {'; '.join(of)} |" for x, of in wanted.items() if of]
+    left = sum(line.count(";") + 1 for line in lines)
+    return "\n".join(
+        [
+            f"<details><summary>Rows of `benchmark/suites` that are still to be run with today's"
+            f" code: {left} of {planned}</summary>\n",
+            "| suite | script | environments |",
+            "|---|---|---|",
+            *lines,
+            "\n</details>\n",
+        ]
+    )
 
 
 def collected() -> dict[str, list[Row]]:
@@ -234,6 +274,7 @@ def readme_with_results() -> str:
     if not (begin and end):
         raise ValueError(f"README.md lacks the lines {BEGIN} and {END}")
     parts, everything = [], []
+    parts.append(still_to_run([row for rows in collected().values() for row in rows]))
     for script, rows in collected().items():
         image = f"![Learning curves of {script}.py](benchmark/results/{script}.png)"
         sources: list[str] = []
@@ -243,7 +284,7 @@ def readme_with_results() -> str:
         parts += [image, "", details(rows, sources)]
         everything += rows
     enough = [row for row in everything if len(row.done) >= FEWEST]  # to compare scripts with
-    parts += [text for family in families(enough, True) if (text := comparison(family))]
+    parts += [text for family in families(enough, True) if (text := comparison(family, 2))]
     few = [f"{code(row.contender)} on {row.environment}" for row in everything if row not in enough]
     if few:
         parts += [f"Not compared, with fewer than {FEWEST} seeds: {', '.join(few)}.\n"]

@@ -63,11 +63,9 @@ MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 # its environments were lost. Of each environment that had such runs, the beginning of one run (at
 # least 38,912 steps) and its final evaluation were made again, and agreed bit for bit.
 PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
-TRPO = "970381c0058fd3ae48ffd698708f176967b7a6ac3772152fcae784f1b19103da"
 SAME = {
     "1705030d7ac145ea359754dbeedaf68e5e0a32d37971eda718ab79cf64e76365": PPO,
     "dac62ec640b26b5863707a286ff499ee0ab8c5038bc4468f5493fbc392fdc4b5": PPO,
-    "81bbc80c96f7022b28691f3ed10593526298bb016f9aa10a36a893ada5c43ec2": TRPO,
 }
 
 

@@ -59,9 +59,11 @@ class Row:
 
     @property
     def heading(self) -> str:
-        """Its first cell in a table."""
+        """Its first cell in a table; of older code with the commit that made it."""
         name = "" if self.name_is_of_environment else self.name
-        return self.environment + name + self.label
+        commit = self.older and self.runs[0].get("git")
+        label = f"{self.label[:-1]}: {commit[:7]})" if commit else self.label
+        return self.environment + name + label
 
     @property
     def older(self) -> bool:

@@ -412,6 +412,18 @@ def test_mistakes_and_evaluations_of_several_processes(alone, tmp_path):
     assert out == again.stdout
 
 
+def test_several_processes_are_refused_on_a_mac(monkeypatch, capsys):
+    """Its GPU cannot exchange tensors with gloo."""
+    module = load("ppo_atari")
+    monkeypatch.setattr(module.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        module.join_processes(module.Args(device="auto"))
+    assert ended.value.code == 2 and "--device cpu" in capsys.readouterr().err
+
+
 def test_averages_over_processes_keep_any_memory_layout(monkeypatch):
     """Convolutions have gradients with the channels last."""
     module = load("ppo_atari")

@@ -32,7 +32,7 @@ def fake(folder, env_id="Hopper-v5", seed=1, final=100.0, code="x = 1\n", **args
     ]
     if final is not None:
         last = {"eval/episodic_return": final, "eval/episodic_return_std": 1.0, "eval/episodes": 2}
-        lines.append(last | {"global_step": 1000})
+        lines.append(last | {"global_step": args["total_timesteps"]})
     lines = [line | {"wall_time": 60.0} for line in lines]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -194,15 +194,15 @@ def test_a_table_by_hand(tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     cells = [cell.strip() for cell in rows_of(text)[0].split("|")]
     assert cells[2] == "1k" and cells[3] == "400 ± 354" and cells[4] == "[-39, 839]"
-    assert cells[5] == "5" and cells[6].startswith("2761 ± 927 [1]")
-    assert cells[7].startswith("2370 ± 696 [2]") and cells[8].startswith("2383 ± 272 [3]")
-    assert "[1] Hopper-v2, 1M steps: best mean score over training evaluations, 3 seeds; " in text
-    assert "[2] Hopper-v3, 1M steps: final evaluation of the seeds, 10 seeds; " in text
+    assert cells[5] == "5" and cells[6] == "2761 ± 927 (1M steps) <sup>1</sup>"
+    assert cells[7].startswith("2370 ± 696") and cells[8].startswith("2383 ± 272")
+    assert "\n1. Hopper-v2, 1M steps: best mean score over training evaluations, 3 seeds; " in text
+    assert "\n2. Hopper-v3, 1M steps: final evaluation of the seeds, 10 seeds; " in text
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
 
 
 def test_bold_means_at_or_above_the_best_published(tmp_path):
-    """Of three seeds at least."""
+    """Of three seeds at least, with no more steps."""
     for seed in (1, 2, 3):
         fake(tmp_path / "runs" / f"a{seed}", seed=seed, final=2762.0)
         fake(tmp_path / "runs" / f"b{seed}", seed=seed, final=2760.0, env_id="Walker2d-v5")
@@ -211,6 +211,48 @@ def test_bold_means_at_or_above_the_best_published(tmp_path):
     make(tmp_path / "runs", out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "**2762 ± 0**" in text and "| 2760 ± 0 |" in text and "| 20000 ± 0 |  |" in text
+    for seed in (1, 2, 3):
+        fake(tmp_path / "longer" / f"{seed}", seed=seed, final=1e4, total_timesteps=1_000_001)
+    make(tmp_path / "longer", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| 10000 ± 0 |" in text and "**" not in text
+
+
+def test_what_the_suites_name_and_nobody_has_run(tmp_path, monkeypatch):
+    """Complete rows of today's code are not listed; too few seeds, steps or older code are."""
+    (tmp_path / "small.toml").write_text(
+        "seeds = [1, 2]\n[[runs]]\nscripts = ['ppo_continuous']\n"
+        "env_ids = ['Hopper-v5', 'Walker2d-v5', 'Ant-v5', 'Reacher-v5']\n"
+        "args = ['--total-timesteps', '1_000']\n"
+    )
+    monkeypatch.setattr(report, "SUITES", tmp_path)
+    for seed in (1, 2):
+        fake(tmp_path / f"a{seed}", seed=seed, final=1.0)
+        fake(tmp_path / f"b{seed}", seed=seed, final=1.0, env_id="Ant-v5", total_timesteps=2000)
+        fake(tmp_path / f"c{seed}", seed=seed, final=1.0, env_id="Reacher-v5")
+    fake(tmp_path / "d", seed=1, final=1.0, env_id="Walker2d-v5")
+    rows = report.group([results.read_run(x) for x in sorted(tmp_path.iterdir()) if x.is_dir()])
+    reacher = property(lambda row: row.env_id == "Reacher-v5")
+    monkeypatch.setattr(report.Row, "older", reacher)
+    text = report.still_to_run(rows)
+    assert "| small | `ppo_continuous.py` | Walker2d-v5; Ant-v5; Reacher-v5 |" in text
+    assert "today's code: 3 of 4</summary>" in text
+
+
+def test_a_column_of_published_numbers_is_not_empty(tmp_path):
+    fake(tmp_path / "runs" / "a", final=1.0, env_id="Unknown-v0")
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| seeds |\n" in text and "published" not in text
+
+
+def test_older_code_names_its_commit(tmp_path):
+    """In the tables of results alone: pictures have one colour for all of it."""
+    folder = fake(tmp_path / "runs" / "a", final=1.0, code="x = 3\n")
+    about = json.loads((folder / "args.json").read_text()) | {"git": "0123456789abcdef"}
+    (folder / "args.json").write_text(json.dumps(about))
+    (row,) = report.group([results.read_run(folder)])
+    assert row.heading.endswith("(older code: 0123456)") and row.label == " (older code)"
 
 
 def test_versions_and_arguments_are_never_mixed(tmp_path):
@@ -763,11 +805,17 @@ def test_the_readme_folds_sources_and_compares_from_three_seeds_on(collected, mo
     text = text[text.index(report.BEGIN) : text.index(report.END)]
     assert "Not compared, with fewer than 3 seeds: `ppo_continuous.py` on Hopper-v5.\n" in text
     assert "side by side" not in text
-    source, folded = text.index("[1] Hopper"), text.index("<details>")
-    assert folded < source < text.index("</details>") and " [1] |" in text[:folded]
+    source = text.index("1. Hopper")
+    folded = text.rindex("<details>", 0, source)
+    assert source < text.index("</details>", folded) and "<sup>1</sup> |" in text[:folded]
     results.collect(fake(collected / "run3", seed=3))
     text = report.readme_with_results()
-    assert "side by side" in text and "Not compared" not in text
+    assert "Not compared" not in text and "side by side:" not in text  # with one environment
+    fakes(collected / "more", ["ppo_continuous", "trpo"], ["Walker2d-v5"])
+    for folder in (collected / "more").iterdir():
+        results.collect(folder)
+    text = report.readme_with_results()
+    assert "side by side:" in text and "Not compared" not in text
     assert "Not in the numbers" not in text
     results.collect(fake(collected / "run4", seed=4, final=None))
     text = report.readme_with_results()

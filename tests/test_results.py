@@ -58,7 +58,7 @@ def test_the_hash_is_of_the_algorithm(script, tmp_path):
     assert same == results.code_hash(ROOT / f"{script}.py")
     for old, new in {
         "complete in this one file": "whole in this file",
-        "Discount factor per environment step;": "Gamma;",
+        "Discount factor per step;": "Gamma;",
         "error: --capture-video": "--capture-video",
         'console="off"': 'console="wrap"',
         "no episode yet": "none yet",
