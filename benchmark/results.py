@@ -84,6 +84,7 @@ def hash_of_text(text: str) -> str:
     return SAME.get(found, found)
 
 
+@functools.cache  # a report asks for it at every row
 def hash_of_tree(text: str) -> str:
     """Of the text alone, whatever runs it may stand with."""
     tree, end = ast.parse(text), text.partition(INFRASTRUCTURE)[0].count("\n") + 1
