@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from benchmark import plots, report, results, rows, stats
 
 
-def fake(folder, env_id="Hopper-v5", seed=1, final=100.0, code="x = 1\n", **args):
+def fake(folder, env_id="Hopper-v5", seed=1, final=100.0, code="x = 1\n", end=None, **args):
     """A finished run folder; final=None: an unfinished one."""
     folder.mkdir(parents=True)
     script = args.pop("script", "ppo_continuous.py")
@@ -32,7 +32,7 @@ def fake(folder, env_id="Hopper-v5", seed=1, final=100.0, code="x = 1\n", **args
     ]
     if final is not None:
         last = {"eval/episodic_return": final, "eval/episodic_return_std": 1.0, "eval/episodes": 2}
-        lines.append(last | {"global_step": args["total_timesteps"]})
+        lines.append(last | {"global_step": end or args["total_timesteps"]})
     lines = [line | {"wall_time": 60.0} for line in lines]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -310,7 +310,7 @@ def test_a_return_that_is_not_finite_is_a_failure(tmp_path):
 
 
 def test_an_evaluation_in_between_is_not_the_final_one(tmp_path):
-    fake(tmp_path / "run", total_timesteps=2000)
+    fake(tmp_path / "run", total_timesteps=2000, end=1000)
     make(tmp_path / "run", out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| 0 of 1 |" in rows_of(text)[0] and "unfinished at step 1,000 of 2,000" in text
