@@ -58,15 +58,23 @@ CALLS = ("train(parse_args(Args))", "with CLOSING:\n        train(parse_args(Arg
 MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 
 # Changed code that makes the same numbers, and the code whose runs it may therefore stand with.
-# What changed: what environments share with the process (threads, generators, a MuJoCo that cannot
-# load) does a run no harm, whole numbers without bounds are not scaled, and a resume knows which of
-# its environments were lost. Of each environment that had such runs, the beginning of one run (at
-# least 38,912 steps) and its final evaluation were made again, and agreed bit for bit.
+# What changed in both: what environments share with the process (threads, generators, a MuJoCo that
+# cannot load) does a run no harm, whole numbers without bounds are not scaled, and a resume knows
+# which of its environments were lost. Of each environment that had such runs of PPO, the beginning
+# of one run (38,912 steps or more) and its final evaluation were made again: the same bit for bit.
+# TRPO got --small-adv, which changes a run only where the explained variance (it is logged) is not
+# above 0. Each run was made again until after the last such iteration (24,576 steps or more),
+# and five differed; these, and all on the two inverted pendulums, were made again to their ends.
 PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
+TRPO = "be196073356198d41874678cea66500390c400c3b148fd7d58358034de7f02cd"
+BEFORE_SMALL_ADV = "02558a91fa57eaca2e83164e9754cffc7d222e0e1895fbd86bb32fd48f5d7f13"
 SAME = {
     "1705030d7ac145ea359754dbeedaf68e5e0a32d37971eda718ab79cf64e76365": PPO,
     "dac62ec640b26b5863707a286ff499ee0ab8c5038bc4468f5493fbc392fdc4b5": PPO,
+    BEFORE_SMALL_ADV: TRPO,
 }
+# Flags that this code did not have, with the values at which today's repeats its runs.
+NEW_FLAGS = {BEFORE_SMALL_ADV: {"small_adv": 0.05}}
 
 
 def code_hash(path: Path) -> str:
@@ -187,7 +195,8 @@ def read_parts(run_dir: Path) -> dict:
     run = json.loads((run_dir / "args.json").read_text())
     args, script = run["args"], run["script"]
     total, _ = int(args["total_timesteps"]), int(args["seed"])
-    run["args"] = {key: value for key, value in args.items() if key != "run_dir"}
+    new_flags = NEW_FLAGS.get(hash_of_tree((run_dir / script).read_text()), {})
+    run["args"] = new_flags | {key: value for key, value in args.items() if key != "run_dir"}
     run["versions"] = dict(run.get("versions", {}))
     lines = read_metrics(run_dir / "metrics.jsonl")
     run["code_hash"] = code_hash(run_dir / script)
