@@ -41,14 +41,14 @@ def test_every_script_command_runs(tmp_path, monkeypatch):
         if "--compile" in words:
             continue  # test_run.py does
         if "--resume" not in words and "--evaluate" not in words:
-            words += ["--total-timesteps", "2048", "--eval-episodes", "1"]
+            words += ["--total-timesteps", "512", "--eval-episodes", "1"]
         elif "--total-timesteps" in words:
             words[words.index("--total-timesteps") + 1] = "4096"
         if "--evaluate" in words:
             words[words.index("--eval-episodes") + 1] = "2"
         if script not in modules:
             modules[script] = load_file(tmp_path / f"{script}.py")
-            monkeypatch.setattr(modules[script], "LONGEST_EPISODE", 1000)
+            monkeypatch.setattr(modules[script], "LONGEST_EPISODE", 200)
         done = run(script, *words[2:], quick=False, module=modules[script])
         assert done.stdout.splitlines()[-1].startswith("eval mean_return="), line
     assert modules.keys() == set(OURS)

@@ -24,7 +24,7 @@ from benchmark.results import read_run
 from benchmark.sweep import main
 
 SHORT = "--num-envs 2 --num-steps 64 --num-minibatches 4 --update-epochs 2 --eval-episodes 2"
-JOBS = int(os.environ.get("JOBS", 3))  # the full trial: JOBS=24 python -m pytest -k kill
+JOBS = int(os.environ.get("JOBS", 2))  # the full trial: JOBS=24 python -m pytest -k kill
 
 
 def suite(folder, env_ids=("Pendulum-v1",), seeds=(1, 2), steps=512, more=""):
