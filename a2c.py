@@ -4,7 +4,7 @@ A policy gradient that does not wait for the end of the episode: it takes a grad
 few steps in each of many environments. The critic V serves twice: as the baseline that says which
 returns are better than expected, and as an estimate of what comes after these few steps
 (bootstrapping). Mnih et al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438.
-Its lambda sets how many rewards are added before V stands for the rest: 1: all up to num_steps, as
+Its lambda sets how many rewards are added before V stands for the rest. 1: all up to num_steps, as
 in Mnih et al. (n-step returns); 0: one (TD error); between them: a mixture of all lengths.
 
     for each update:
@@ -135,7 +135,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = Default(1_000_000, atari=10_000_000)
-    """Environment steps in total, rounded up to iterations; raised at a resume, schedules jump."""
+    """Environment steps, rounded up to iterations; if a resume raises the total, schedules jump."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = Default("cpu", atari="auto")

@@ -133,7 +133,7 @@ class Args:
     seed: Count = 1
     """Seed of everything random; on a CPU, a run repeats exactly with the same --torch-threads."""
     total_timesteps: Count = Default(500_000, atari=10_000_000)
-    """Environment steps in total, rounded up to iterations; raised at a resume, schedules jump."""
+    """Environment steps, rounded up to iterations; if a resume raises the total, schedules jump."""
     run_dir: Text = None
     """Folder of this run; by default runs/{env id}__{script}__{seed}__{unix time}."""
     device: Literal["auto", "cpu", "cuda", "mps"] = Default("cpu", atari="auto")

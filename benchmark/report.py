@@ -7,6 +7,7 @@ A report has its tables as CSV files, too, and its pictures as PNG and PDF.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import math
@@ -228,25 +229,24 @@ def comparison(rows: list[Row], fewest: int = 1) -> str:
 
 def still_to_run(rows: list[Row]) -> str:
     """What the suites name, and no row of today's code has with as many seeds, folded away."""
-    lines, planned = [], 0
+    made = defaultdict(int)  # (script, title, steps) -> finished seeds
+    for row in (row for row in rows if not row.older):
+        key = row.script, row.title, row.arguments["total_timesteps"]
+        made[key] = max(made[key], len(row.done))
+    lines, planned, left = [], 0, 0
     for path in sorted(path for path in SUITES.glob("*.toml") if path.stem != "smoke"):
-        suite = tomllib.loads(path.read_text())
-        wanted = defaultdict(list)
-        for part in suite["runs"]:
-            total = int(float(part["args"][part["args"].index("--total-timesteps") + 1]))
-            name = f", {part['name']}" if "name" in part else ""
-            for script, env_id in itertools.product(part["scripts"], part["env_ids"]):
-                planned += 1
-                made = any(
-                    (row.script, row.title) == (script, env_id + name)
-                    and row.arguments["total_timesteps"] == total
-                    and len(row.done) >= len(suite["seeds"])
-                    and not row.older
-                    for row in rows
-                )
-                wanted[script] += [] if made else [env_id + name]
-        lines += [f"| {path.stem} | `{x}.py` | {'; '.join(of)} |" for x, of in wanted.items() if of]
-    left = sum(line.count(";") + 1 for line in lines)
+        missing = defaultdict(list)
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a user's
+            suite = tomllib.loads(path.read_text())
+            for part in suite["runs"]:
+                total = int(float(part["args"][part["args"].index("--total-timesteps") + 1]))
+                name = f", {part['name']}" if "name" in part else ""
+                for script, env_id in itertools.product(part["scripts"], part["env_ids"]):
+                    planned += 1
+                    if made[script, env_id + name, total] < len(suite["seeds"]):
+                        left += 1
+                        missing[script].append(env_id + name)
+        lines += [f"| {path.stem} | `{x}.py` | {'; '.join(of)} |" for x, of in missing.items()]
     return "\n".join(
         [
             f"<details><summary>Rows of `benchmark/suites` that are still to be run with today's"
@@ -273,9 +273,9 @@ def readme_with_results() -> str:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"README.md lacks the lines {BEGIN} and {END}")
-    parts, everything = [], []
-    parts.append(still_to_run([row for rows in collected().values() for row in rows]))
-    for script, rows in collected().items():
+    found = collected()
+    parts, everything = [still_to_run([row for rows in found.values() for row in rows])], []
+    for script, rows in found.items():
         image = f"![Learning curves of {script}.py](benchmark/results/{script}.png)"
         sources: list[str] = []
         parts.append(table(rows, sources))

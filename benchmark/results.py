@@ -195,11 +195,12 @@ def read_parts(run_dir: Path) -> dict:
     run = json.loads((run_dir / "args.json").read_text())
     args, script = run["args"], run["script"]
     total, _ = int(args["total_timesteps"]), int(args["seed"])
-    new_flags = NEW_FLAGS.get(hash_of_tree((run_dir / script).read_text()), {})
+    text = (run_dir / script).read_text()
+    new_flags = NEW_FLAGS.get(hash_of_tree(text), {})
     run["args"] = new_flags | {key: value for key, value in args.items() if key != "run_dir"}
     run["versions"] = dict(run.get("versions", {}))
     lines = read_metrics(run_dir / "metrics.jsonl")
-    run["code_hash"] = code_hash(run_dir / script)
+    run["code_hash"] = hash_of_text(text)
     run["title"] = title(run_dir.name, args["env_id"])
     known = run_dir / "hardware.txt"  # jobs of a sweep have it
     run["hardware"] = known.read_text().strip() if known.exists() else None

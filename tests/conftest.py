@@ -210,7 +210,7 @@ def assert_same_end(folder, reference):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """One more than cores, as some tests mostly wait: for signals, for Ray, for other processes."""
-    return os.cpu_count() + 1
+    return int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", os.cpu_count() + 1))
 
 
 def pytest_terminal_summary(terminalreporter):

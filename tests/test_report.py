@@ -225,6 +225,7 @@ def test_what_the_suites_name_and_nobody_has_run(tmp_path, monkeypatch):
         "env_ids = ['Hopper-v5', 'Walker2d-v5', 'Ant-v5', 'Reacher-v5']\n"
         "args = ['--total-timesteps', '1_000']\n"
     )
+    (tmp_path / "of_a_user.toml").write_text("[[runs]]\nscripts = ['mine']\nargs = []\n")
     monkeypatch.setattr(report, "SUITES", tmp_path)
     for seed in (1, 2):
         fake(tmp_path / f"a{seed}", seed=seed, final=1.0)
