@@ -26,7 +26,7 @@ Deviations from the paper:
 - As in OpenAI Baselines: the network of DQN (Nature, 2015), orthogonal weights, normalised
   advantages, clipped gradients, a clipped value loss of a quarter of the paper's weight (c1 is 1/2,
   and the loss is half the squared error), 4 epochs instead of 3, and Adam's epsilon of 1e-5.
-- Epsilon does not fall to 0. After a lost life, FIRE replaces an action that is still learned from.
+- eps does not fall to 0. After a lost life, FIRE replaces an action that is still learned from.
 - A minibatch is not a random set of transitions. It holds the transitions of all games at randomly
   chosen time steps, so it is the same whichever process plays which game.
 """
