@@ -38,6 +38,7 @@ from benchmark.rows import (
     own_rows,
     pairs,
     summary,
+    training,
     without_repeats,
 )
 from benchmark.stats import FEWEST
@@ -124,8 +125,9 @@ def details(rows: list[Row], sources: list[str]) -> str:
         f"<details><summary>{'Sources of the published numbers; every' if notes else 'Every'} run"
         "</summary>\n",
         *([*notes, ""] if notes else []),
-        "| environment | seed: final return ± std over its episodes | minutes a run |",
-        "|---|---|---|",
+        "| environment | seed: final return ± std over its episodes | training: highest, end "
+        "| minutes a run |",
+        "|---|---|---|---|",
     ]
     for row in rows:
         cells = []
@@ -135,8 +137,11 @@ def details(rows: list[Row], sources: list[str]) -> str:
                 mean, std = run["final_return"], run["std_over_episodes"]
                 final = f"{number(mean)} ± {number(std, mean)}"
             cells.append(f"{run['seed']}: {final}")
+        curve, ends = training(row), ""
+        if not math.isnan(curve["training_end"]):
+            ends = f"{number(curve['training_highest'])}, {number(curve['training_end'])}"
         minutes = statistics.median(run["minutes"] for run in every_run([row]))
-        lines.append(f"| {row.heading} | {', '.join(cells)} | {minutes:.1f} |")
+        lines.append(f"| {row.heading} | {', '.join(cells)} | {ends} | {minutes:.1f} |")
     return "\n".join([*lines, "", "</details>\n"])
 
 

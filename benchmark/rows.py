@@ -274,6 +274,17 @@ def left_out(rows: list[Row]) -> dict[str, str]:
 # ---- Measures, as data: of the tables, and of the CSV files --------------------------------------
 
 
+def training(row: Row) -> dict:
+    """The highest place of the seeds' mean learning curve, and its end; each is 5 % of the run."""
+    curves = [np.array(run["curve"], float).T for run in row.done if run["curve"]]
+    if not curves:
+        return {"training_highest": np.nan, "training_end": np.nan}
+    places = np.linspace(0, row.arguments["total_timesteps"], 101)[1:]
+    curve = np.mean([np.interp(places, *curve) for curve in curves], axis=0)
+    means = np.convolve(curve, np.full(5, 1 / 5), "valid")
+    return {"training_highest": means.max(), "training_end": means[-1]}
+
+
 def summary(row: Row) -> dict:
     """One line of a table of results."""
     low, high = stats.mean_interval(row.finals) if len(row.done) else (np.nan, np.nan)
@@ -295,6 +306,7 @@ def summary(row: Row) -> dict:
         "high": float(high),
         "seeds": len(row.done),
         "runs": len(row.runs),
+        **training(row),
         **published,
     }
 

@@ -256,6 +256,26 @@ def test_older_code_names_its_commit(tmp_path):
     assert row.heading.endswith("(older code: 0123456)") and row.label == " (older code)"
 
 
+def test_a_collapse_in_training_is_shown(tmp_path):
+    """By hand: two seeds whose mean rises to 80 at half of the run and then falls to 20."""
+    for seed, shift in ((1, -10), (2, 10)):
+        folder = fake(tmp_path / "runs" / f"{seed}", seed=seed, total_timesteps=10_000)
+        returns = [80 - 60 * abs(n / 50 - 1) + shift for n in range(1, 101)]
+        returns[:50] = [80 + shift if n > 40 else 0 for n in range(50)]
+        lines = [
+            {"global_step": 100 * n, "charts/episodic_return": value, "charts/episodes": 1}
+            for n, value in enumerate(returns, 1)
+        ]
+        lines += [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])]
+        text = "".join(json.dumps(line | {"wall_time": 60.0}) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text)
+    make(tmp_path / "runs", out=tmp_path / "out")
+    (line,) = read_csv(tmp_path / "out" / "results.csv")
+    assert float(line["training_highest"]) == pytest.approx(80)
+    assert float(line["training_end"]) == pytest.approx(80 - 60 * 0.96)  # from 92 % to all
+    assert "| 80.0, 22.4 |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_versions_and_arguments_are_never_mixed(tmp_path):
     """Another code or another argument is another row, and the row says which."""
     fake(tmp_path / "runs" / "a", seed=1, final=100)
