@@ -257,11 +257,10 @@ def test_older_code_names_its_commit(tmp_path):
 
 
 def test_a_collapse_in_training_is_shown(tmp_path):
-    """By hand: two seeds whose mean rises to 80 at half of the run and then falls to 20."""
+    """By hand: two seeds whose mean rises to 80 and falls to 20 at the end."""
     for seed, shift in ((1, -10), (2, 10)):
         folder = fake(tmp_path / "runs" / f"{seed}", seed=seed, total_timesteps=10_000)
-        returns = [80 - 60 * abs(n / 50 - 1) + shift for n in range(1, 101)]
-        returns[:50] = [80 + shift if n > 40 else 0 for n in range(50)]
+        returns = [min(2 * n, 80, 140 - 1.2 * n) + shift for n in range(1, 101)]
         lines = [
             {"global_step": 100 * n, "charts/episodic_return": value, "charts/episodes": 1}
             for n, value in enumerate(returns, 1)
@@ -272,7 +271,7 @@ def test_a_collapse_in_training_is_shown(tmp_path):
     make(tmp_path / "runs", out=tmp_path / "out")
     (line,) = read_csv(tmp_path / "out" / "results.csv")
     assert float(line["training_highest"]) == pytest.approx(80)
-    assert float(line["training_end"]) == pytest.approx(80 - 60 * 0.96)  # from 92 % to all
+    assert float(line["training_end"]) == pytest.approx(140 - 1.2 * 98)  # from 95 % on
     assert "| 80.0, 22.4 |" in (tmp_path / "out" / "report.md").read_text()
 
 
