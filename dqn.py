@@ -528,6 +528,9 @@ class AtariGame(gym.Env):
         self.game = AtariVectorEnv(game, num_envs=1, num_threads=1, **options, **args.env_kwargs)
         self.observation_space = self.game.single_observation_space
         self.action_space, self.render_mode = self.game.single_action_space, render_mode
+        discrete = isinstance(self.action_space, gym.spaces.Discrete)
+        if self.observation_space.shape != (4, 84, 84) or not discrete:
+            raise gym.error.Error("pictures must be 4 grey ones of 84 x 84, and actions discrete")
         names = [action.name for action in self.game.ale.get_action_set()]
         fires = args.env_kwargs.get("use_fire_reset", True) and "FIRE" in names
         self.fire = names.index("FIRE") if fires else None
@@ -573,6 +576,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         env = gym.make(args.env_id, **(args.env_kwargs | render))
     action_space = env.action_space
     if not isinstance(action_space, gym.spaces.Discrete):
+        close(env)
         stop(f"error: --env-id {args.env_id}: needs Discrete actions, this one has {action_space}")
     return ReplayableEnv(flatten_observations(args, env))
 
@@ -649,6 +653,8 @@ def check_run_args(args: Any) -> None:
     require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
     require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
     require(args, "env_kwargs", lambda x: isinstance(x, dict), "a JSON object")
+    is_name = '"Name-v0" or "module:Name-v0"'
+    require(args, "env_id", lambda x: x.count(":") < 2 and x[:1] not in (".", ":", ""), is_name)
     require(args, "run_dir resume evaluate", lambda x: x != "", "the path of a run folder")
     require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
 
@@ -696,7 +702,7 @@ def warn(message: str) -> None:
 
 
 def setup(args: Any) -> tuple[torch.device, Rng]:
-    """Set the number of threads. Returns the device and the generator of this run."""
+    """Prepare this process. Returns the device and the generator of this run."""
     found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
     if args.device not in ["auto", *found]:
         stop(f"error: --device {args.device}: torch finds none here; use auto or cpu")
@@ -707,6 +713,19 @@ def setup(args: Any) -> tuple[torch.device, Rng]:
     if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a display
     sys.path.append("")  # so that "module:Name-v0" is found in the working directory, too
+    os.environ["PWD"] = os.getcwd()  # for the run folder: environments may leave the directory
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the run can save anything
+        signal.signal(number, lambda number, _: stop("stopped before it began", 128 + number))
+    if args.capture_video:  # before the training environments: it may draw what they draw
+        try:
+            import moviepy  # noqa: F401  RecordVideo needs it
+            with contextlib.closing(make_env(args, "rgb_array")) as env:
+                env.reset(seed=0)
+                frame, rate = env.render(), env.metadata.get("render_fps", 30)
+            if np.ndim(frame) != 3 or not rate:
+                raise ValueError(f"{rate} frames per second, shape {np.shape(frame)}")
+        except Exception as error:  # each renderer raises its own
+            stop(f"error: --capture-video: cannot render {args.env_id} here: {error!r}")
     torch.set_num_threads(args.torch_threads)
     return device, Rng(np.random.PCG64(args.seed))
 
@@ -753,6 +772,7 @@ def flatten_observations(args: Any, env: gym.Env) -> gym.Env:
         parts = dict(space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space))
     for key, part in parts.items():
         if not isinstance(part, numbers) or len(part.shape) > 2:
+            close(env)
             stop(f"error: --env-id {args.env_id}: needs vectors to observe, but {key} is {part}")
     is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
     return env if is_vector else gym.wrappers.FlattenObservation(env)
@@ -776,15 +796,18 @@ class ReplayableEnv(gym.Wrapper):
         self.episode += 1
         self.actions, self.length = [], 0
         self.episodic_return = 0.0
-        self.obs = np.array(obs)
+        self.obs = np.array(obs, self.observation_space.dtype)
         return self.obs, {}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
         if self.length < LONGEST_EPISODE:
             self.actions.append(np.array(action))  # a copy: some environments change their action
-        obs, reward, termination, truncation, _ = self.env.step(action)
+        try:
+            obs, reward, termination, truncation, _ = self.env.step(action)
+        except SystemExit as error:  # perhaps its window was closed
+            raise RuntimeError("the environment called sys.exit()") from error
         reward = np.asarray(reward).item()  # some environments return an array of one number
-        self.obs = np.array(obs)
+        self.obs = np.array(obs, self.observation_space.dtype)
         self.length += 1
         self.episodic_return += float(reward)
         if not (termination or truncation):
@@ -842,7 +865,8 @@ class Run:
         self.envs, self.state = envs, state
         self.policy = policy
         name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
-        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
+        name = args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}"
+        self.dir = Path(os.environ["PWD"], name)
         self.global_step, self.wall_time = 0, 0.0  # at the end of the last iteration
         self.eval_due = False  # whether an evaluation at this step is still to come
         self.wandb, self.wandb_id = None, None
@@ -859,7 +883,7 @@ class Run:
         """A command that can be pasted anywhere."""
         command = shlex.join(["python", str(SCRIPT), flag, str(self.dir.resolve())])
         has_module = ":" in self.args.env_id  # perhaps in the working directory
-        return f"cd {shlex.quote(os.getcwd())} && {command}" if has_module else command
+        return f"cd {shlex.quote(os.environ['PWD'])} && {command}" if has_module else command
 
     def refuse_what_would_fail(self) -> None:
         """Report the user's mistakes that can be seen before any file is written."""
@@ -869,16 +893,9 @@ class Run:
         tracks = self.args.track and not self.args.evaluate
         if tracks and not getattr(importlib.util.find_spec("wandb"), "origin", None):
             stop("error: --track needs wandb: pip install wandb, or leave it out")
-        if self.args.capture_video:
-            try:
-                import moviepy  # noqa: F401  RecordVideo needs it
-                with contextlib.closing(make_env(self.args, "rgb_array")) as env:
-                    env.reset(seed=0)
-                    frame, rate = env.render(), env.metadata.get("render_fps", 30)
-                if np.ndim(frame) != 3 or not rate:
-                    raise ValueError(f"{rate} frames per second, shape {np.shape(frame)}")
-            except Exception as error:  # each renderer raises its own
-                stop(f"error: --capture-video: cannot render {self.args.env_id} here: {error!r}")
+        own_copy = self.dir / SCRIPT.name
+        if new and own_copy.is_file() and own_copy.read_bytes() not in (b"", SCRIPT.read_bytes()):
+            stop(f"error: --run-dir {self.dir} holds another {SCRIPT.name}: name another folder")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -1126,7 +1143,8 @@ class Run:
         self.bar.close()
         close(self.envs)
         result = f"eval mean_return={mean:.4f} std={std:.4f} episodes={episodes}"
-        print(f"{result} global_step={self.global_step} run_dir={self.dir}", flush=True)
+        folder = self.args.run_dir or self.dir.relative_to(os.environ["PWD"])
+        print(f"{result} global_step={self.global_step} run_dir={folder}", flush=True)
 
 
 if __name__ == "__main__":

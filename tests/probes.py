@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import sys
 import threading
 import time
 
@@ -443,6 +444,51 @@ class Stillborn(Fifty):
                 pass
 
 
+class Sketched(Sharing, Drawn):
+    """Uses the global generators, and can be rendered."""
+
+
+class Wandering(Fifty):
+    """Goes to the folder of its files, as some simulators do."""
+
+    def __init__(self, folder):
+        os.chdir(folder)
+
+
+class Quitting(Fifty):
+    """Ends the process after 100 steps, as a game does whose window is closed."""
+
+    total = 0
+
+    def reward(self, action):
+        self.total += 1
+        return sys.exit() if self.total > 100 else 1.0
+
+
+class Foreign(Fifty):
+    """Its numbers have the byte order of another machine, as if they came from a network."""
+
+    def observe(self):
+        return np.full(1, 0.5, ">f4")
+
+
+class Gallery(Picture):
+    """Adds a line to the file CLOSE_MARKER when it is closed."""
+
+    def close(self):
+        with open(os.environ["CLOSE_MARKER"], "a") as file:
+            file.write("closed\n")
+
+
+class Sleepy(Fifty):
+    """Its first reset takes a minute; SLEEP_MARKER names a file that it makes before."""
+
+    def reset(self, *, seed=None, options=None):
+        pathlib.Path(os.environ["SLEEP_MARKER"]).touch()
+        time.sleep(60)
+        return super().reset(seed=seed, options=options)
+
+
 class Slow(Fifty):
     """A step takes SLOW_SECONDS."""
 
@@ -463,6 +509,7 @@ for probe in [
     BrokenReset,
     CrashingOnce,
     Choice,
+    Gallery,
     *Fifty.__subclasses__(),
     *Drawn.__subclasses__(),
 ]:

@@ -48,6 +48,8 @@ BAD_ARGUMENTS = [
     ("--env-id Nothing-v0", ["error: --env-id Nothing-v0"]),
     ("--env-id nomodule:Nothing-v0", ["error: --env-id nomodule:Nothing-v0"]),
     ("--env-id PROBE:Picture", ["error: --env-id", "Picture"]),
+    ("--env-id ./probes:Probe-v0", ["--env-id", "module:Name-v0"]),
+    ("--env-id probes:Probe:v0", ["--env-id", "module:Name-v0"]),
     ("--num-envs 0", ["--num-envs", "at least 1", "0"]),
     ("--num-envs -3", ["--num-envs", "-3"]),
     ("--total-timesteps 0", ["--total-timesteps"]),
@@ -121,6 +123,17 @@ def test_a_folder_that_holds_a_run_is_refused(finished):
     before = (folder / "args.json").read_bytes()
     refuse(ONE, "--run-dir", folder, says=["error: --run-dir", f"--resume {folder}"])
     assert (folder / "args.json").read_bytes() == before
+
+
+def test_a_folder_that_holds_the_users_own_script_is_refused(tmp_path):
+    """A copy that was changed; an empty file is what a killed run may have left."""
+    mine = tmp_path / f"{ONE}.py"
+    mine.write_text("# my own changes")
+    refuse(ONE, "--run-dir", tmp_path, says=["error: --run-dir", f"another {ONE}.py"])
+    assert mine.read_text() == "# my own changes" and len(list(tmp_path.iterdir())) == 1
+    mine.write_text("")
+    run(ONE, "--run-dir", tmp_path)
+    assert "class Args" in mine.read_text()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -149,6 +149,59 @@ def test_environments_are_closed_on_every_way_out(tmp_path):
 
 
 @pytest.mark.parametrize("script", VECTORS)
+def test_refused_environments_are_closed(script, tmp_path, monkeypatch):
+    marker = tmp_path / "closed"
+    monkeypatch.setenv("CLOSE_MARKER", str(marker))
+    go(script, "Gallery", tmp_path / "r", code=2)
+    assert marker.read_text() == "closed\n"
+    if script not in ("reinforce", "a2c", "trpo"):  # which take any actions
+        other = "Unclosable" if script in DISCRETE else "DiscreteUnclosable"
+        run(script, "--env-id", f"probes:{other}-v0", "--run-dir", tmp_path / "r", code=2)
+        assert marker.read_text() == "closed\n" * 2
+
+
+@pytest.mark.parametrize("script", ["ppo_atari", "a2c", "dqn", "double_dqn_per"])
+@pytest.mark.parametrize("kwargs", ['{"img_height": 42}', '{"continuous": true}'])
+def test_games_that_the_network_cannot_play(script, kwargs, tmp_path):
+    words = ["--env-id", "ALE/Pong-v5", "--env-kwargs", kwargs, "--run-dir", tmp_path / "r"]
+    done = run(script, *words, quick=False, code=2)
+    assert "84 x 84" in done.stderr and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("script", VECTORS)
+def test_numbers_in_another_byte_order(script, tmp_path):
+    go(script, "Foreign", tmp_path / "r", "--checkpoint-frequency", 128)
+    run(script, "--resume", tmp_path / "r", quick=False)
+
+
+def test_an_environment_that_goes_to_another_folder(tmp_path, monkeypatch):
+    """All of the run stays where the user said."""
+    (tmp_path / "assets").mkdir()
+    kwargs = ["--env-kwargs", json.dumps({"folder": str(tmp_path / "assets")})]
+    for words, shown in (
+        (["--env-id", "probes:Wandering-v0", "--run-dir", "r", *kwargs], "r"),
+        (["--resume", "r", "--total-timesteps", 1024], "r"),
+        (["--evaluate", "r"], "r"),
+        (["--env-id", "probes:Wandering-v0", *kwargs], "runs/probes-Wandering-v0__"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        done = run(ONE, *words, quick="--env-id" in words)
+        assert f"run_dir={shown}" in done.stdout
+    assert checkpoint(tmp_path / "r")["global_step"] == 1024
+    assert len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 1
+    assert not list((tmp_path / "assets").iterdir())
+
+
+@pytest.mark.parametrize("more", [[], ["--async-envs"]])
+def test_an_environment_that_ends_the_process(tmp_path, more):
+    """An error, as if it had raised one."""
+    done = run_process(
+        ONE, "--env-id", "probes:Quitting-v0", "--run-dir", tmp_path / "r", *more, code=1
+    )
+    assert "Traceback" in done.stderr and "called sys.exit()" in done.stderr
+
+
+@pytest.mark.parametrize("script", VECTORS)
 def test_environments_that_seed_the_global_generators(script, tmp_path):
     """Neither exploration nor initial weights repeat."""
     for seed in (1, 2):
@@ -313,6 +366,13 @@ def test_an_evaluation_leaves_the_global_generators_alone(script, tmp_path):
     assert same(checkpoint(tmp_path / "often"), checkpoint(tmp_path / "once"))
 
 
+def test_a_look_at_a_frame_leaves_them_alone_too(tmp_path):
+    pytest.importorskip("moviepy")
+    go(ONE, "Sketched", tmp_path / "filmed", "--capture-video")
+    go(ONE, "Sketched", tmp_path / "plain")
+    assert same(checkpoint(tmp_path / "filmed"), checkpoint(tmp_path / "plain"))
+
+
 def test_a_thread_of_an_environment_does_not_keep_a_failed_run(tmp_path):
     """Python waits for threads before it calls what is registered with atexit."""
     words = ["--env-id", probe(ONE, "Threaded"), "--run-dir", tmp_path / "r"]
@@ -356,9 +416,9 @@ def test_what_to_paste_goes_where_the_environment_is(tmp_path, monkeypatch):
     module = load(ONE)
     folder, args = tmp_path / "it's here", module.Args(env_id="my_env:Mine-v0", run_dir="r")
     folder.mkdir()
-    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PWD", str(folder))  # where the run began
     begun = module.Run.__new__(module.Run)
-    begun.args, begun.dir = args, Path("r")
+    begun.args, begun.dir = args, folder / "r"
     line = shlex.split(begun.again())
     assert line[:3] == ["cd", str(folder), "&&"] and line[-2:] == ["--resume", str(folder / "r")]
     begun.args = module.Args(run_dir="r")
@@ -405,6 +465,22 @@ def test_a_signal_that_is_delivered_twice(tmp_path, pause):
     # Once Python has put its handlers away, the repeat ends the process: 143 to a shell, too.
     assert process.returncode in (143, -signal.SIGTERM) and "--resume" in err, err
     assert checkpoint(folder)["global_step"] == metrics(folder)[-1]["global_step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_run_exists(tmp_path, number):
+    marker, words = tmp_path / "sleeps", ["--env-id", "probes:Sleepy-v0", "--run-dir"]
+    process = subprocess.Popen(
+        command(ONE, *words, tmp_path / "r"),
+        env=environ(SLEEP_MARKER=str(marker)), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not marker.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and err == "stopped before it began\n"
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_signal_in_an_evaluation_between(tmp_path):
