@@ -792,7 +792,8 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 
 def warn(message: str) -> None:
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def setup(args: Any) -> tuple[torch.device, Rng]:

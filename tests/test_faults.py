@@ -721,3 +721,10 @@ def test_what_reads_the_messages_may_be_gone(tmp_path):
     process.wait(timeout=30)
     assert process.returncode == 143
     assert checkpoint(folder)["global_step"] == metrics(folder)[-1]["global_step"]
+
+
+def test_a_warning_that_nobody_reads_ends_no_run(tmp_path):
+    words = command(ONE, "--env-id", "probes:FallingApart-v0", "--run-dir", tmp_path / "r")
+    with open("/dev/full", "w") as full:  # raises as a pipe does whose reader is gone
+        subprocess.run(words, stderr=full, stdout=subprocess.PIPE, env=environ(), check=True)
+    assert metrics(tmp_path / "r")[-1]["eval/episodes"] == 2
