@@ -1090,6 +1090,7 @@ def join_processes(args: Args) -> None:
             stop(f"error: only {gpus} GPUs: start as many processes, or use --device cpu")
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
+    from torch import _dynamo  # noqa: F401  later, it would keep the group, whose threads abort
     dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # evaluations take long
 
 

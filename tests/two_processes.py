@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 from conftest import ROOT, load_file
@@ -15,9 +16,10 @@ def make(args, device, envs, state, policy):
     finish, rank = run.finish, int(os.environ["RANK"])
 
     def save():
-        saved = {"agent": state["agent"].state_dict(), "games": len(envs.envs)}
-        torch.save(saved, f"{os.environ['WEIGHTS']}/{rank}.pt")
         finish()
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        saved = {"agent": state["agent"].state_dict(), "games": len(envs.envs), "threads": names}
+        torch.save(saved, f"{os.environ['WEIGHTS']}/{rank}.pt")
 
     run.finish = save
     return run
