@@ -433,10 +433,12 @@ def test_actions_stay_in_the_box_under_noise(tmp_path):
 
 @each
 def test_the_pendulum_swings_up(script, tmp_path):
-    """Pendulum-v1: -1400 at the start, -150 to -250 at the end."""
-    words = "--env-id Pendulum-v1 --total-timesteps 5000 --learning-starts 1000 --batch-size 64"
+    """Pendulum-v1: -1400 at the start, -120 to -250 at the end, whatever the seed or processor."""
+    words = "--env-id Pendulum-v1 --learning-starts 1000 --batch-size 64"
     rates = "--learning-rate 0.001 --critic-learning-rate 0.001 --eval-episodes 10"
-    own = ["--alpha", 0.2] if script == "sac" else []
+    own = ["--total-timesteps", 8000]
+    if script == "sac":
+        own = ["--total-timesteps", 5000, "--alpha", 0.2]
     run(script, *words.split(), *rates.split(), *own, "--run-dir", tmp_path / "r", quick=False)
     assert metrics(tmp_path / "r")[-1]["eval/episodic_return"] > -500
 
