@@ -44,7 +44,7 @@ LINES = {
     "a2c": 1341,
     "reinforce": 1168,
     "trpo": 1247,
-    "ppo_atari": 1256,
+    "ppo_atari": 1257,
 }  # in all; others at most 1150
 COMMON_FLAGS = """env_id seed total_timesteps num_envs device torch_threads compile run_dir track
 wandb_project_name wandb_entity capture_video checkpoint_frequency resume evaluate eval_frequency
