@@ -245,7 +245,7 @@ def mixtures(rows: list[Row]) -> list[str]:
         of = {name: envs[env_id] for name, envs in found.items() if env_id in envs}
         for what in ("total_timesteps", "eval_episodes", *LIBRARIES):
             values = {n: (r.libraries | r.arguments).get(what) for n, r in of.items()}
-            if len(set(values.values())) > 1:
+            if len(set(values.values()) - {None}) > 1:  # None: a library that a run did not load
                 each = ", ".join(f"{name} {value}" for name, value in values.items())
                 said.append(f"{what} on {env_id}: {each}")
     return said
