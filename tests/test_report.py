@@ -590,6 +590,20 @@ def test_what_is_mixed_or_not_compared_is_named(tmp_path):
     assert "Not compared, as there are several rows: yours.py on Mine-v0." in text
 
 
+def test_only_libraries_that_both_have_loaded_can_differ(tmp_path):
+    for script, versions in (
+        ("mine.py", {"torch": "2.12.0", "mujoco": "4.0.0"}),
+        ("yours.py", {"torch": "2.13.0"}),
+    ):
+        folder = fake(tmp_path / "runs" / script, script=script)
+        about = json.loads((folder / "args.json").read_text())
+        (folder / "args.json").write_text(json.dumps(about | {"versions": versions}))
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "torch on Hopper-v5: mine.py 2.12.0, yours.py 2.13.0" in text
+    assert "mujoco on" not in text
+
+
 def test_of_two_runs_of_a_seed_the_longer_one_counts(tmp_path):
     """But runs that differ in a library's version, or in their group's name, are two runs."""
     fake(tmp_path / "runs" / "a", final=None)
