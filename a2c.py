@@ -104,7 +104,7 @@ class Args:
     """Weight c2 of the entropy bonus."""
     max_grad_norm: float = 0.5
     """Largest norm of a network's gradient; a longer gradient is scaled down to it."""
-    log_std_init: float = -0.5
+    log_std_init: float = -1.0
     """Initial log std of continuous actions, which are scaled to [-1, 1]."""
     log_frequency: Count = 2000
     """Environment steps per iteration; each iteration ends with a line of metrics."""
