@@ -105,7 +105,7 @@ class Args:
     max_grad_norm: float = 0.5
     """Largest norm of a network's gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -1.0
-    """Initial log std of continuous actions, which are scaled to [-1, 1]."""
+    """Initial log std of continuous actions, scaled to [-1, 1] (arXiv:2006.05990, section 3.2)."""
     log_frequency: Count = 2000
     """Environment steps per iteration; each iteration ends with a line of metrics."""
 

@@ -35,7 +35,7 @@ FIELD_VARIANTS: dict[str, str] = {
     "optimizer": "the form of RMSProp differs",
     "norm_adv": "in minibatches, in the batch, or without the mean",
     "max_grad_norm": "of both networks together, or of each",
-    "log_std_init": "PPO names its source",
+    "log_std_init": "A2C and PPO name its source",
     "compile": "REINFORCE and TRPO: of the critic alone",
 }
 LINES = {
