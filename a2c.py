@@ -78,7 +78,7 @@ class Default:
 @dataclass(frozen=True)
 class Args:
     # Algorithm
-    learning_rate: float = Default(1.5e-3, atari=7e-4)
+    learning_rate: float = Default(1e-3, atari=7e-4)
     """Step size of the optimizer at the start."""
     critic_learning_rate: float = Default(1e-3, atari=7e-4)
     """Step size for the critic at the start; not on Atari, where one network serves both."""
