@@ -27,8 +27,8 @@ Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
 - With vector observations: separate networks; on each batch one step of the policy (its gradient is
-  right only for the policy that acted: on-policy), but several of the critic; lambda of 0.95;
-  normalised advantages; and normalised observations and scaled rewards as in arXiv:2005.12729.
+  right only for the policy that acted: on-policy), but several of the critic; lambda of 0.95; and
+  normalised observations and scaled rewards as in arXiv:2005.12729.
 - On Atari: DQN's network (Nature, 2015); Baselines' step size and clipping; (V - R)^2 weighs 1/4.
 """
 
@@ -96,8 +96,8 @@ class Args:
     """Steps of each environment per update."""
     critic_steps: Count = Default(10, atari=1)
     """Gradient steps of the critic for each gradient step of the policy."""
-    norm_adv: bool = Default(True, atari=False)
-    """Normalise advantages in each batch."""
+    norm_adv: bool = False
+    """Normalise advantages in each batch: where all goes well, that enlarges mere noise."""
     vf_coef: float = 0.5
     """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = Default(0.0, atari=0.01)
