@@ -360,7 +360,7 @@ def test_the_critic_can_take_more_steps_than_the_policy(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", ["a2c", "reinforce", "trpo"])
 def test_discrete_actions_that_start_anywhere(script, tmp_path):
     """All these scripts take discrete actions, too."""
-    words = "--num-envs 32 --total-timesteps 6400 --eval-episodes 5 --env-kwargs {}".split()
+    words = "--num-envs 16 --total-timesteps 12800 --eval-episodes 5 --env-kwargs {}".split()
     run(script, "--env-id", "probes:Choice-v0", "--run-dir", tmp_path / "r", *words)
     assert metrics(tmp_path / "r")[-1]["eval/episodic_return"] > -0.1
 
