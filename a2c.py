@@ -28,7 +28,7 @@ Deviations from the paper:
   (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
 - With vector observations: separate networks; on each batch one step of the policy (its gradient is
   right only for the policy that acted: on-policy), but several of the critic; lambda of 0.95; and
-  normalised observations and scaled rewards as in arXiv:2005.12729.
+  normalised observations and scaled rewards as in arXiv:2005.12729, and scaled advantages.
 - On Atari: DQN's network (Nature, 2015); Baselines' step size and clipping; (V - R)^2 weighs 1/4.
 """
 
@@ -96,13 +96,13 @@ class Args:
     """Steps of each environment per update."""
     critic_steps: Count = Default(10, atari=1)
     """Gradient steps of the critic for each gradient step of the policy."""
-    norm_adv: bool = False
-    """Normalise advantages in each batch: where all goes well, that enlarges mere noise."""
+    norm_adv: bool = Default(True, atari=False)
+    """Divide advantages by their running std; a batch's own would often enlarge mere noise."""
     vf_coef: float = 0.5
     """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = Default(0.0, atari=0.01)
     """Weight c2 of the entropy bonus."""
-    max_grad_norm: float = 0.5
+    max_grad_norm: float = Default(5.0, atari=0.5)
     """Largest norm of a network's gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -1.0
     """Initial log std of continuous actions, scaled to [-1, 1] (arXiv:2006.05990, section 3.2)."""
@@ -331,6 +331,7 @@ def train(args: Args) -> None:
     obs_normalizer = ObsNormalizer(*obs_shape, args.obs_clip) if args.norm_obs else nn.Identity()
     obs_normalizer.to(device)
     reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
+    adv_moments = RunningMoments(1).to(device)
 
     def to_network(obs: np.ndarray | Tensor) -> Tensor:
         """Observations as the networks take them. Shapes: (..., obs_dim), or Atari's bytes."""
@@ -370,7 +371,7 @@ def train(args: Args) -> None:
         torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
         gradient_step = torch.compile(gradient_step, fullgraph=True)
         critic_step = torch.compile(critic_step, fullgraph=True)
-    state = {"agent": agent, "optimizer": optimizer, "rng": rng}
+    state = {"agent": agent, "optimizer": optimizer, "rng": rng, "adv_moments": adv_moments}
     state |= {"obs_normalizer": obs_normalizer, "reward_scaler": reward_scaler}
     run = Run(args, device, envs, state, deterministic_policy)
     global_step = run.restore() if args.resume or args.evaluate else 0
@@ -436,8 +437,9 @@ def train(args: Args) -> None:
             "losses/values": values.mean() * reward_scaler.scale,  # in units of the reward
             "losses/explained_variance": explained_variance(values, returns),
         }
-        if args.norm_adv and batch_size > 1:  # the std of one sample is not defined
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if args.norm_adv:
+            adv_moments.update(advantages.reshape(-1, 1))
+            advantages = advantages / (adv_moments.var + 1e-8).sqrt()
 
         # 4. Update
         inputs, targets = to_network(observed).flatten(0, 1), returns.flatten()
@@ -556,7 +558,7 @@ def make_optimizer(args: Args, agent: nn.Module) -> torch.optim.Optimizer:
 class RMSpropTF(torch.optim.Optimizer):
     """RMSProp as in TensorFlow: the mean square of gradients starts at 1, epsilon is in the root.
 
-    As clipped gradients are below 1, the first steps are short. A parameter without a gradient
+    Most gradients are far below 1, so the first steps are short. A parameter without a gradient
     stays as it is. Source: tensorflow.org, tf.compat.v1.train.RMSPropOptimizer.
     """
 

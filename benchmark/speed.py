@@ -47,7 +47,7 @@ DQN = """--train-frequency 10 --batch-size 128 --buffer-size 10000 --learning-st
 PONG = """--train-frequency 4 --batch-size 32 --buffer-size 10000 --learning-starts 1000
 --target-frequency 1000 --optimizer adam --learning-rate 1e-4 --epsilon-start 0.1
 --epsilon-end 0.1 --device cpu"""
-A2C = "--num-steps 5 --gae-lambda 1 --critic-steps 1 --no-norm-adv"
+A2C = "--num-steps 5 --gae-lambda 1 --critic-steps 1 --no-norm-adv --max-grad-norm 0.5"
 GAMES = "--device cpu"
 FAST = " --compile --precision bfloat16"
 PPO_PONG = ("ppo.py", "ALE/Pong-v5", 12_288, 4096)

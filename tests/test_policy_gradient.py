@@ -357,6 +357,24 @@ def test_the_critic_can_take_more_steps_than_the_policy(tmp_path, monkeypatch):
     assert counts == {1: (16, 16), 3: (16, 48)}
 
 
+def test_a2c_divides_advantages_by_their_std_over_the_run(a2c, tmp_path, monkeypatch):
+    """Not by a batch's: where all actions are as good, that would make much of mere noise."""
+    given = [torch.randn(4, 2) * scale + scale for scale in (1, 100, 1e-3)]
+    todo = iter(given)
+    monkeypatch.setattr(a2c, "compute_gae", lambda *_: next(todo))
+    log_prob = a2c.log_prob
+    monkeypatch.setattr(a2c, "log_prob", lambda *x: log_prob(*x) * 0 - 1)  # the loss is their mean
+    words = ["--num-envs", 2, "--num-steps", 4, "--log-frequency", 1, "--total-timesteps", 24]
+    run("a2c", *words, "--env-kwargs", "{}", "--run-dir", tmp_path / "r")
+    seen = [line["losses/policy_loss"] for line in training(tmp_path / "r")]
+    assert len(seen) == 3
+    for i, loss in enumerate(seen):
+        expected = given[i].mean() / torch.cat(given[: i + 1]).std(correction=0)
+        assert loss == pytest.approx(
+            expected.item(), rel=1e-2
+        )  # the first std is 1, with weight 1e-4
+
+
 @pytest.mark.parametrize("script", ["a2c", "reinforce", "trpo"])
 def test_discrete_actions_that_start_anywhere(script, tmp_path):
     """All these scripts take discrete actions, too."""

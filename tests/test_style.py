@@ -33,7 +33,7 @@ FIELD_VARIANTS: dict[str, str] = {
     "num_minibatches": "ppo_atari: of whole time steps",
     "critic_learning_rate": "A2C: not on Atari; SAC: of V, too",
     "optimizer": "the form of RMSProp differs",
-    "norm_adv": "in minibatches, in the batch, or without the mean",
+    "norm_adv": "in minibatches, in the batch, without the mean, or over the run",
     "max_grad_norm": "of both networks together, or of each",
     "log_std_init": "A2C and PPO name its source",
     "compile": "REINFORCE and TRPO: of the critic alone",
@@ -41,7 +41,7 @@ FIELD_VARIANTS: dict[str, str] = {
 LINES = {
     "dqn": 1153,
     "double_dqn_per": 1238,
-    "a2c": 1341,
+    "a2c": 1343,
     "reinforce": 1168,
     "trpo": 1247,
     "ppo_atari": 1257,
