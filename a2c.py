@@ -4,8 +4,8 @@ A policy gradient that does not wait for the end of the episode: it takes a grad
 few steps in each of many environments. The critic V serves twice: as the baseline that says which
 returns are better than expected, and as an estimate of what comes after these few steps
 (bootstrapping). Mnih et al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438.
-Its lambda sets how many rewards are added before V stands for the rest. 1: all up to num_steps, as
-in Mnih et al. (n-step returns); 0: one (TD error); between them: a mixture of all lengths.
+Lambda sets how many rewards are added before V stands for the rest. 1: all up to num_steps, as in
+Mnih et al. (n-step returns); 0: one (TD error); between them: a mixture of all lengths.
 
     for each update:
         run the policy for num_steps in each of num_envs environments
@@ -25,11 +25,12 @@ better (openai.com/index/openai-baselines-acktr-a2c). This synchronous form is c
 
 Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
-  (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
+  (arXiv:1712.00378): the limit is not part of the task, so it must not change the values.
 - With vector observations: separate networks; on each batch one step of the policy (its gradient is
   right only for the policy that acted: on-policy), but several of the critic; lambda of 0.95; and
   normalised observations and scaled rewards as in arXiv:2005.12729, and scaled advantages.
-- On Atari: DQN's network (Nature, 2015); Baselines' step size and clipping; (V - R)^2 weighs 1/4.
+- On Atari: DQN's network (Nature, 2015); Baselines' step size and clipping of gradients; and
+  (V - R)^2 weighs 1/4.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Args:
     critic_steps: Count = Default(10, atari=1)
     """Gradient steps of the critic for each gradient step of the policy."""
     norm_adv: bool = Default(True, atari=False)
-    """Divide advantages by their running std; a batch's own would often enlarge mere noise."""
+    """Divide advantages by the std of all so far; by a batch's own, mere noise would often grow."""
     vf_coef: float = 0.5
     """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = Default(0.0, atari=0.01)
@@ -788,7 +789,7 @@ class ActionScaler:
     def __call__(self, actions: Tensor) -> np.ndarray:
         unscaled = actions.cpu().numpy()
         if not np.isfinite(unscaled).all():
-            stop("error: the policy's action is not finite; any checkpoint is kept", 3)
+            stop("error: the policy or an observation is not finite; any checkpoint is kept", 3)
         low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)

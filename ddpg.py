@@ -490,7 +490,7 @@ class ActionScaler:
     def __call__(self, actions: Tensor) -> np.ndarray:
         unscaled = actions.cpu().numpy()
         if not np.isfinite(unscaled).all():
-            stop("error: the policy's action is not finite; any checkpoint is kept", 3)
+            stop("error: the policy or an observation is not finite; any checkpoint is kept", 3)
         low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)

@@ -22,7 +22,7 @@ the gradient of the whole minibatch, so both commands learn the same weights, up
 
 Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
-  (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
+  (arXiv:1712.00378): the limit is not part of the task, so it must not change the values.
 - As in OpenAI Baselines: the network of DQN (Nature, 2015), orthogonal weights, normalised
   advantages, clipped gradients, a clipped value loss of a quarter of the paper's weight (c1 is 1/2,
   and the loss is half the squared error), 4 epochs instead of 3, and Adam's epsilon of 1e-5.

@@ -23,7 +23,7 @@ policy stays close to the data. Schulman et al. 2017, arXiv:1707.06347; equation
 
 Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
-  (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
+  (arXiv:1712.00378): the limit is not part of the task, so it must not change the values.
 - Observations are normalised and rewards scaled by running statistics (arXiv:2005.12729), so that
   the same hyperparameters suit environments with very different units.
 - Advantages are computed again before every epoch, with the newest critic (arXiv:2006.05990).
@@ -595,7 +595,7 @@ class ActionScaler:
     def __call__(self, actions: Tensor) -> np.ndarray:
         unscaled = actions.cpu().numpy()
         if not np.isfinite(unscaled).all():
-            stop("error: the policy's action is not finite; any checkpoint is kept", 3)
+            stop("error: the policy or an observation is not finite; any checkpoint is kept", 3)
         low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)

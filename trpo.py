@@ -27,7 +27,7 @@ Deviations from the paper:
 - Advantages come from a critic (arXiv:1506.02438). Where they are small and it predicts no returns,
   they are only its errors: no step then. max_kl falls to 0. F is damped, and uses all samples.
 - Where a time limit ends an episode, the return continues with V of its last observation
-  (arXiv:1712.00378): the limit is not part of the task, so it must not lower the values.
+  (arXiv:1712.00378): the limit is not part of the task, so it must not change the values.
 - Advantages and observations are normalised, rewards scaled (arXiv:2005.12729). The statistics of
   the observations change after the step, and with them the policy a little.
 """
@@ -692,7 +692,7 @@ class ActionScaler:
     def __call__(self, actions: Tensor) -> np.ndarray:
         unscaled = actions.cpu().numpy()
         if not np.isfinite(unscaled).all():
-            stop("error: the policy's action is not finite; any checkpoint is kept", 3)
+            stop("error: the policy or an observation is not finite; any checkpoint is kept", 3)
         low, high = self.low, self.high
         with np.errstate(invalid="ignore", over="ignore"):  # np.where drops what is not finite
             scaled = low + (np.clip(unscaled, -1, 1) + 1) * 0.5 * (high - low)

@@ -41,7 +41,7 @@ FIELD_VARIANTS: dict[str, str] = {
 LINES = {
     "dqn": 1153,
     "double_dqn_per": 1238,
-    "a2c": 1343,
+    "a2c": 1344,
     "reinforce": 1168,
     "trpo": 1247,
     "ppo_atari": 1257,
