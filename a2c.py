@@ -103,7 +103,7 @@ class Args:
     """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = Default(0.0, atari=0.01)
     """Weight c2 of the entropy bonus."""
-    max_grad_norm: float = Default(5.0, atari=0.5)
+    max_grad_norm: float = Default(1.0, atari=0.5)
     """Largest norm of a network's gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -1.0
     """Initial log std of continuous actions, scaled to [-1, 1] (arXiv:2006.05990, section 3.2)."""
