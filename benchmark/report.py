@@ -167,6 +167,7 @@ def score_table(rows: list[Row]) -> str:
         f"Over {len(shared)} environments ({', '.join(shared)}), with scores normalised so that"
         " random actions are 0 and the best published result of any algorithm is 1, every"
         " environment weighing the same:\n",
+        *careful([x for x in rows if x.contender in scores and x.environment in shared]),
         *unequal_seeds({name: [envs[x] for x in shared] for name, envs in scores.items()}),
         "| script | IQM [95 % interval] | mean [95 % interval] | runs at or above 1 |",
         "|---|---|---|---|",
@@ -182,6 +183,12 @@ def score_table(rows: list[Row]) -> str:
         text = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
         lines += ["", f"Left out: {text}."]
     return "\n".join(lines) + "\n"
+
+
+def careful(rows: list[Row]) -> list[str]:
+    """A line on what else differs between the rows that are compared or averaged."""
+    mixed = mixtures(rows)
+    return [f"Careful, not only the algorithm differs: {'; '.join(mixed)}.\n"] if mixed else []
 
 
 def unequal_seeds(parts: dict[str, list[np.ndarray]]) -> list[str]:
@@ -203,9 +210,8 @@ def comparison(rows: list[Row], fewest: int = 1) -> str:
         return "\n".join(left) if several else ""
     names = [name for name in finals if any(name in (pair["x"], pair["y"]) for pair in found)]
     env_ids = sorted({x for p in found for x in finals[p["x"]].keys() & finals[p["y"]]})
-    mixed = mixtures(rows)
-    lines = [f"Careful, not only the algorithm differs: {'; '.join(mixed)}.\n"] if mixed else []
-    lines += [
+    lines = [
+        *careful(rows),
         "Mean final return ± std over seeds (number of seeds), side by side:\n",
         f"| environment | {' | '.join(map(code, names))} |",
         "|---|" + "---|" * len(names),
