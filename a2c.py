@@ -3,9 +3,9 @@
 A policy gradient that does not wait for the end of the episode: it takes a gradient step after a
 few steps in each of many environments. The critic V serves twice: as the baseline that says which
 returns are better than expected, and as an estimate of what comes after these few steps
-(bootstrapping). Mnih et al. 2016, arXiv:1602.01783; equation numbers are those of arXiv:1506.02438.
-Lambda sets how many rewards are added before V stands for the rest. 1: all up to num_steps, as in
-Mnih et al. (n-step returns); 0: one (TD error); between them: a mixture of all lengths.
+(bootstrapping). Mnih et al. 2016, arXiv:1602.01783; equation numbers are those of the paper on GAE,
+arXiv:1506.02438. Its lambda sets how many rewards are added before V stands for the rest: with 1
+all up to num_steps, as in Mnih et al. (n-step returns), with 0 one, else a mixture of all lengths.
 
     for each update:
         run the policy for num_steps in each of num_envs environments
@@ -26,11 +26,11 @@ better (openai.com/index/openai-baselines-acktr-a2c). This synchronous form is c
 Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not change the values.
-- With vector observations: separate networks; on each batch one step of the policy (its gradient is
-  right only for the policy that acted: on-policy), but several of the critic; lambda of 0.95; and
-  normalised observations and scaled rewards as in arXiv:2005.12729, and scaled advantages.
-- On Atari: DQN's network (Nature, 2015); Baselines' step size and clipping of gradients; and
-  (V - R)^2 weighs 1/4.
+- Losses are means, in which (V - R)^2 weighs 1/4, and gradients are clipped, as in Baselines.
+- With vector observations: on each batch one step of the policy (its gradient is right only for the
+  policy that acted: on-policy), but several of the critic; lambda of 0.95; normalised observations
+  and scaled rewards as in arXiv:2005.12729, scaled advantages; a std that is the same everywhere.
+- On Atari: DQN's network (Nature, 2015), and Baselines' step size.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Args:
     learning_rate: float = Default(1e-3, atari=7e-4)
     """Step size of the optimizer at the start."""
     critic_learning_rate: float = Default(1e-3, atari=7e-4)
-    """Step size for the critic at the start; not on Atari, where one network serves both."""
+    """Step size for the critic at the start; unused on Atari, where one network serves both."""
     anneal_lr: bool = True
     """Lower the learning rates linearly over the run, to 0 at its end."""
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"
@@ -98,7 +98,7 @@ class Args:
     critic_steps: Count = Default(10, atari=1)
     """Gradient steps of the critic for each gradient step of the policy."""
     norm_adv: bool = Default(True, atari=False)
-    """Divide advantages by the std of all so far; by a batch's own, mere noise would often grow."""
+    """Divide advantages by the std of all so far; a batch's own would often make noise large."""
     vf_coef: float = 0.5
     """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = Default(0.0, atari=0.01)
@@ -106,7 +106,7 @@ class Args:
     max_grad_norm: float = Default(1.0, atari=0.5)
     """Largest norm of a network's gradient; a longer gradient is scaled down to it."""
     log_std_init: float = -1.0
-    """Initial log std of continuous actions, scaled to [-1, 1] (arXiv:2006.05990, section 3.2)."""
+    """Initial log std of continuous actions, which are scaled to [-1, 1] (arXiv:2006.05990)."""
     log_frequency: Count = 2000
     """Environment steps per iteration; each iteration ends with a line of metrics."""
 
@@ -359,7 +359,7 @@ def train(args: Args) -> None:
             "losses/policy_loss": policy_loss.detach(),
             "losses/value_loss": critic_loss.detach(),
             "losses/entropy": bonus.detach(),
-            "losses/grad_norm": norms[0],
+            "losses/grad_norm": norms[0],  # of the policy; on Atari of all
         }
 
     def critic_step(obs, returns):
@@ -429,7 +429,7 @@ def train(args: Args) -> None:
         with torch.no_grad():
             _, last_values = agent(to_network(obs))
         next_values = torch.cat([values[1:], last_values[None]])  # V(s_{t+1})
-        next_values = torch.where(ends > 0, cut_values, next_values)
+        next_values = torch.where(ends > 0, cut_values, next_values)  # not of the next episode
         advantages = compute_gae(  # eq. 11, 16
             rewards, values, next_values, terminations, ends, args.gamma, args.gae_lambda
         )

@@ -7,7 +7,7 @@ with target networks that follow them slowly. As mu is deterministic, exploratio
 added to its actions. Lillicrap et al. 2016, arXiv:1509.02971; equation numbers are theirs.
 
     for each environment step:
-        act with a = mu(s) + noise, at first at random                          (eq. 7)
+        act with a = mu(s) + noise, in [-1, 1], at first at random              (eq. 7)
         store (s, a, r, s', whether the task ended)
         after learning_starts steps, for each of updates_per_step random minibatches:
             y = r + gamma Q'(s', mu'(s')), or r where the task ended            (Algorithm 1)
@@ -18,13 +18,14 @@ added to its actions. Lillicrap et al. 2016, arXiv:1509.02971; equation numbers 
     python ddpg.py --env-id HalfCheetah-v5 --seed 1
 
 Deviations from the paper:
-- Only the end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
-- Two hidden layers of 256 units with PyTorch's initialisation and minibatches of 256, as in SAC
-  (arXiv:1812.05905); the action enters in the first layer, no batch normalisation or weight decay,
+- The end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
+- Two hidden layers of 256 units and minibatches of 256, as in SAC (arXiv:1812.05905); PyTorch's
+  initialisation; the action enters in the first layer, no batch normalisation or weight decay,
   faster learning of actor and targets, as in later work, which does better (arXiv:1802.09477).
-- The noise is Gaussian; --noise ou --noise-std 0.38 is the paper's Ornstein-Uhlenbeck process.
-  Noise that changes slowly gains nothing on today's tasks (arXiv:1802.09477).
-- Actions are random at first, so that the replay memory does not begin with one useless policy.
+- The noise is Gaussian; --noise ou --noise-std 0.38 is the paper's Ornstein-Uhlenbeck process
+  (theta 0.15, sigma 0.2), in steps of 1. Noise that changes slowly gains nothing on MuJoCo tasks
+  (arXiv:1802.09477). The sum of action and noise is clipped.
+- At first, actions are random and nothing is learned: one useless policy would see too little.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ DDPG with three more ideas. The actor is stochastic and explores by itself: it i
 that is, for staying as random as the reward allows. This payment, alpha times the entropy, counts
 in the value of everything that comes after an action; such values are called soft. alpha is
 learned, so that the entropy stays near a target. Two critics learn the same target, and the smaller
-of their values counts: the actor would find and exploit the errors of one. Haarnoja et al. 2018b,
-arXiv:1812.05905; equation numbers are theirs, or of 2018a, arXiv:1801.01290, where it says so.
+of their values counts: the actor would exploit the errors of one. There is no target actor.
+Haarnoja et al. 2018b, arXiv:1812.05905; equation numbers are theirs where no other is said.
 
     for each environment step:
         act with a ~ pi(.|s), the tanh of a Gaussian, at first at random
@@ -21,14 +21,15 @@ arXiv:1812.05905; equation numbers are theirs, or of 2018a, arXiv:1801.01290, wh
 
     python sac.py --env-id HalfCheetah-v5 --seed 1
 
---value-network --no-autotune --alpha 0.2 is the algorithm of 2018a: V has a network of its own,
-which learns min Q(s, b) - alpha log pi(b|s) (2018a, eq. 5), and a target network, which gives
-V(s') in y (2018a, eq. 8). alpha is 1 over the paper's reward scale.
+--value-network --no-autotune --alpha 0.2 is that of 2018a, arXiv:1801.01290: V has its own network,
+which learns min Q(s, c) - alpha log pi(c|s), c ~ pi(.|s) (2018a, eq. 5), and a target network,
+which gives V(s') in y (2018a, eq. 8). alpha is 1 over that paper's reward scale (Humanoid: 20).
 
 Deviations from the paper:
-- Only the end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
-- Actions are random at first, so that the replay memory does not begin with one useless policy.
-- The logarithm of alpha is learned, so that alpha stays positive. Losses lack the paper's 1/2.
+- The end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
+- At first, actions are random and nothing is learned: one useless policy would see too little.
+- The logarithm of alpha is learned, so that alpha stays positive. Losses lack the paper's 1/2. The
+  log std is kept in [-20, 2], as in the authors' code; initial weights are PyTorch's.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class SquashedGaussianActor(nn.Module):
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.last(mixed_precision(self.hidden, obs, self.bfloat16))
         mean, log_std = outputs.chunk(2, dim=1)
-        return mean, log_std.clamp(-20, 2)  # as in the authors' code; no overflow of exp
+        return mean, log_std.clamp(-20, 2)  # so that exp does not overflow
 
 
 class TwinLinear(nn.Module):

@@ -583,7 +583,9 @@ def test_what_is_mixed_or_not_compared_is_named(tmp_path):
         fake(folder, env_id, script=script, **args)
     make(tmp_path / "runs", out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("Careful")]
+    careful = [line for line in text.splitlines() if line.startswith("Careful")]
+    line, of_scores = careful  # above what is compared, and above what is averaged
+    assert line == of_scores
     assert "mine.py does not have the same gamma on all environments" in line
     assert "yours.py does not have the same code, gamma on all environments" in line
     assert "total_timesteps on Hopper-v5: mine.py 1000, yours.py 500" in line
