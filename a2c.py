@@ -29,7 +29,7 @@ Deviations from the paper:
 - Losses are means, in which (V - R)^2 weighs 1/4, and gradients are clipped, as in Baselines.
 - With vector observations: on each batch one step of the policy (its gradient is right only for the
   policy that acted: on-policy), but several of the critic; lambda of 0.95; normalised observations
-  and scaled rewards as in arXiv:2005.12729, scaled advantages; a std that is the same everywhere.
+  and scaled rewards as in arXiv:2005.12729, scaled advantages; one std for all observations.
 - On Atari: DQN's network (Nature, 2015), and Baselines' step size.
 """
 

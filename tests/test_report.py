@@ -578,6 +578,7 @@ def test_what_is_mixed_or_not_compared_is_named(tmp_path):
         ("mine.py", "Mine-v0", {}),
         ("yours.py", "Mine-v0", {}),
         ("yours.py", "Mine-v0", {"gamma": 0.1}),
+        ("mine.py", "Swimmer-v5", {"tau": 0.1}),
     ):
         folder = tmp_path / "runs" / f"{script}{env_id}{len(args)}{args}".replace("/", "")
         fake(folder, env_id, script=script, **args)
@@ -585,8 +586,8 @@ def test_what_is_mixed_or_not_compared_is_named(tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     careful = [line for line in text.splitlines() if line.startswith("Careful")]
     line, of_scores = careful  # above what is compared, and above what is averaged
-    assert line == of_scores
-    assert "mine.py does not have the same gamma on all environments" in line
+    assert "mine.py does not have the same gamma, tau on all environments" in line
+    assert "mine.py does not have the same gamma on all environments" in of_scores
     assert "yours.py does not have the same code, gamma on all environments" in line
     assert "total_timesteps on Hopper-v5: mine.py 1000, yours.py 500" in line
     assert "Not compared, as there are several rows: yours.py on Mine-v0." in text
