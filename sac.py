@@ -645,7 +645,10 @@ def check_run_args(args: Any) -> None:
 def parse_args(args_class: type) -> Any:
     """Read the command line. --resume and --evaluate take most arguments from the run folder."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  daemons may have closed it
-    args = tyro.cli(args_class, default=args_class())
+    try:
+        args = tyro.cli(args_class, default=args_class())
+    except BrokenPipeError:  # what read --help, such as head, has enough
+        os._exit(0)
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment
         return tyro.cli(args_class, default=args_class(env_id=args.env_id))

@@ -28,7 +28,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -97,6 +97,14 @@ def say(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def read_options(kind: type, description: str) -> Any:
+    """Read the command line; what reads its --help, such as head, may end early."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    options = tyro.cli(kind, description=description)
+    signal.signal(signal.SIGPIPE, before)
+    return options
 
 
 # ---- From the command line to jobs ---------------------------------------------------------------
@@ -545,7 +553,7 @@ def other(job: Job) -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = read_options(Options, __doc__)
     if options.workers < 1 or options.retries < 0:
         wrong("--workers must be at least 1, --retries 0 or more")
     if options.cpus_per_job <= 0 or options.gpus_per_job < 0:

@@ -272,7 +272,7 @@ def conclude(study, space: dict, root: Path) -> None:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = sweep.read_options(Options, __doc__)
     if min(options.workers, options.trials) < 1 or min(options.retries, options.startup_trials) < 0:
         wrong("--workers and --trials must be at least 1, --retries and --startup-trials 0 or more")
     try:

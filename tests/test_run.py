@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -210,6 +212,18 @@ def test_counts_may_be_written_as_people_write_them(ppo):
     assert ppo.parse_count("2.5e3") == 2500
     with pytest.raises(ValueError):
         ppo.parse_count("1.5")
+
+
+@pytest.mark.parametrize(
+    "tool", ["ppo_continuous.py", "-m benchmark.sweep", "-m benchmark.tune"]
+)  # the other scripts have the same bytes there
+def test_help_into_a_reader_that_ends_early(tool):
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, *tool.split(), "--help"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, cwd=ROOT, timeout=300)
+    os.close(write)
+    assert done.stderr == b"" and done.returncode in (0, -signal.SIGPIPE)
 
 
 def test_importing_and_help_have_no_side_effect(script, tmp_path):
