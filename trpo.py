@@ -97,8 +97,8 @@ class Args:
     """Gradient steps of the critic for each gradient step of the policy."""
     critic_batch_size: Count = 256
     """Samples in a gradient step of the critic."""
-    log_std_init: float = -0.5
-    """Initial log std of continuous actions, which are scaled to [-1, 1]."""
+    log_std_init: float = -1.0
+    """Initial log std of continuous actions, which are scaled to [-1, 1] (arXiv:2006.05990)."""
 
     # Environment
     env_id: str = "HalfCheetah-v5"
