@@ -35,7 +35,7 @@ FIELD_VARIANTS: dict[str, str] = {
     "optimizer": "the form of RMSProp differs",
     "norm_adv": "in minibatches, in the batch, without the mean, or over the run",
     "max_grad_norm": "of both networks together, or of each",
-    "log_std_init": "of continuous actions, if the script has others; all but REINFORCE name its source",
+    "log_std_init": "of continuous ones, if a script has others; REINFORCE names no source",
     "compile": "REINFORCE and TRPO: of the critic alone",
 }
 LINES = {
