@@ -690,8 +690,8 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and 0 to 28 no-ops. After a lost life, FIRE is
-    pressed whatever the action, as Breakout would wait for it. `lives` counts those left.
+    two of 4 emulated ones. A game starts with FIRE and 0 to 28 no-ops, or 0 to 29 without FIRE.
+    After a lost life, FIRE is pressed whatever the action, as Breakout would wait for it.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}

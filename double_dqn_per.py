@@ -1,20 +1,20 @@
 """Double DQN with prioritised experience replay, complete in this one file.
 
 Deep Q-learning (Mnih et al. 2015) with two changes. The maximum over noisy estimates of Q is too
-high on average; therefore one network chooses the next action and the other evaluates it. And
-transitions are not sampled uniformly: the more Q was wrong about one, the more often it is sampled,
-and importance weights correct the bias that this brings. van Hasselt et al. 2016, arXiv:1509.06461
-(A), and Schaul et al. 2016, arXiv:1511.05952 (B); --no-double or --no-prioritized leaves one out.
+high on average, so one network chooses the next action and the other evaluates it (Double DQN, van
+Hasselt et al. 2016, arXiv:1509.06461). And transitions are sampled more often the more Q was wrong
+about them; importance weights correct the bias that this brings, wholly once beta is 1 (PER, in its
+proportional form, Schaul et al. 2016, arXiv:1511.05952). --no-double, --no-prioritized omit one.
 
     for each step:
         with probability epsilon a random action, otherwise the argmax of Q(s, a)
-        store (s, a, r, s') in the replay memory D, with the largest p so far     (B, Algorithm 1)
+        store (s, a, r, s') in the replay memory D, with the largest p so far   (PER, Algorithm 1)
         every train_frequency steps:
-            sample from the N transitions, P(i) = p_i^alpha / sum of p^alpha      (B, eq. 1)
-            w_i = (N P(i))^-beta / max w                                          (B, section 3.4)
-            y = r, if s' is terminal, else r + gamma Q_target(s', argmax_a' Q(s', a'))         (A)
+            sample from the N transitions, P(i) = p_i^alpha / sum of p^alpha    (PER, eq. 1)
+            w_i = (N P(i))^-beta / max w                                        (PER, section 3.4)
+            y = r, if s' is terminal, else r + gamma Q_target(s', argmax_a' Q(s', a'))  (Double DQN)
             one gradient step on the mean of w huber(y - Q(s, a))
-            p_i = |y - Q(s, a)| before that step, plus a small constant           (B, section 3.3)
+            p_i = |y - Q(s, a)| before that step, plus a small constant         (PER, section 3.3)
         every target_frequency steps: Q_target = Q (with tau < 1, a part of the way to Q)
 
     python double_dqn_per.py --env-id CartPole-v1 --seed 1
@@ -23,9 +23,9 @@ and importance weights correct the bias that this brings. van Hasselt et al. 201
 Deviations from the papers:
 - A time limit does not end the task: the target uses the value of s' there (arXiv:1712.00378).
 - Weights are divided by the largest of the minibatch; priorities use TD errors without clipping.
-- The loss is the mean over the minibatch, where the papers' code sums, so RMSProp's constant is
-  smaller, too: the papers divide by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
-- (A) shares one bias between all actions. Atari's step size is (B)'s; (A)'s is 4 times as large.
+- The loss is the mean over the minibatch, where DQN's code sums, so RMSProp's constant is smaller,
+  too: that code divides by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
+- Atari's defaults are tuned Double DQN's, but for a bias for each action and PER's step size.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss, which does not clip large errors.
 - FIRE comes before no-ops and after lost lives. Epsilon falls from step 1. Evaluation is greedy.
@@ -80,27 +80,27 @@ class Default:
 class Args:
     # Algorithm
     double: bool = True
-    """The trained network chooses the next action, the target network gives its value."""
+    """The trained network chooses the next action, not the target network, which values it."""
     prioritized: bool = True
-    """Sample transitions by priority (arXiv:1511.05952); otherwise all have the same priority."""
+    """Sample by priority. Without it, Double DQN's --learning-rate on Atari would be 2.5e-4."""
     priority_alpha: float = Default(0.4, atari=0.6)
-    """Exponent of the priorities: 0 samples uniformly."""
+    """Exponent of the priorities: 0 samples uniformly, 1 in proportion to the TD error."""
     priority_beta: float = 0.4
-    """Exponent of the importance weights; rises from here to 1 at the end."""
+    """Exponent of the importance weights; rises linearly from here to 1 at the end of the run."""
     learning_rate: float = Default(1e-3, atari=6.25e-5)
     """Step size of the optimizer at the start."""
     anneal_lr: bool = Default(True, atari=False)
     """Lower the learning rate linearly over the run, to 0 at its end."""
     optimizer: Literal["adam", "rmsprop"] = Default("adam", atari="rmsprop")
-    """Optimizer; rmsprop is centred, as in Mnih et al. 2015."""
+    """Optimizer; rmsprop is centred and has no momentum, as in the code of Mnih et al. 2015."""
     loss: Literal["huber", "squared"] = Default("squared", atari="huber")
-    """Loss of the TD error; the gradient of huber is the error clipped to [-1, 1]."""
+    """Loss of the TD error: its square, or huber, with the gradient clipped to [-1, 1]."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
     """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
     buffer_size: Count = Default(50_000, atari=1_000_000)
-    """Transitions in the replay memory; on Atari a million take 7 GB."""
+    """Transitions in the replay memory; on Atari a million take 7 GB, in a checkpoint, too."""
     learning_starts: Count = Default(1_000, atari=50_000)
     """Environment steps before the first gradient step."""
     train_frequency: Count = Default(2, atari=4)
@@ -108,7 +108,7 @@ class Args:
     batch_size: Count = Default(128, atari=32)
     """Transitions per gradient step."""
     target_frequency: Count = Default(4, atari=30_000)
-    """Environment steps between updates of the target network."""
+    """Environment steps, not gradient steps, between updates of the target network."""
     tau: float = Default(0.01, atari=1.0)
     """Share by which a target network moves to the trained one: 1 copies it, less averages."""
     epsilon_start: float = 1.0
@@ -126,7 +126,7 @@ class Args:
     num_envs: Count = 1
     """Environments stepped together."""
     env_kwargs: Json = field(default_factory=dict)
-    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'; on Atari AtariVectorEnv's."""
+    """Arguments for gymnasium.make, such as '{"gravity": -9}'; on Atari AtariVectorEnv's."""
     async_envs: bool = False
     """One process per environment: faster if a step takes milliseconds, otherwise slower."""
     sticky_actions: float = 0.0
@@ -237,7 +237,7 @@ def double_q_target(
 
 
 def importance_weights(probabilities: Tensor, beta: float) -> Tensor:
-    """(N P)^-beta over its maximum, in which N cancels. Shapes: (B,) -> (B,).
+    """(N P)^-beta over its maximum in the minibatch, in which N cancels. Shapes: (B,) -> (B,).
 
     Source: Schaul et al. 2016, section 3.4."""
     weights = probabilities**-beta
@@ -315,7 +315,7 @@ class PrioritizedReplayBuffer:
         self.filled = max(self.filled, int(i.max()) + 1)
 
     def sample(self, batch_size: int, rng: Rng) -> tuple[np.ndarray, Tensor, Batch]:
-        """Indices, probabilities and transitions, one from each of B equal ranges of the sum."""
+        """Indices, probabilities, transitions; one from each of batch_size parts of the sum."""
         total = self.tree.levels[0].sum()
         sums = (np.arange(batch_size) + rng.random(batch_size)) / batch_size * total
         indices = self.tree.find(sums)
@@ -428,16 +428,16 @@ def train(args: Args) -> None:
             learns = global_step >= args.learning_starts and buffer.tree.levels[0].any()
             if learns and due(global_step, args.train_frequency):
                 # 3. Targets
-                indices, probabilities, batch = buffer.sample(args.batch_size, rng)  # B, eq. 1
+                indices, probabilities, batch = buffer.sample(args.batch_size, rng)  # PER, eq. 1
                 batch = Batch(*(part.to(device) for part in batch))
                 with torch.no_grad():
                     target_q = target_network(batch.next_obs)
                     online_q = q_network(batch.next_obs) if args.double else target_q
-                targets = double_q_target(  # A
+                targets = double_q_target(  # Double DQN
                     batch.rewards, batch.terminations, online_q, target_q, args.gamma
                 )
                 beta = linear_schedule(global_step, args.total_timesteps, args.priority_beta, 1)
-                weights = importance_weights(probabilities, beta).float().to(device)  # B, 3.4
+                weights = importance_weights(probabilities, beta).float().to(device)  # PER, 3.4
 
                 # 4. Update
                 if args.anneal_lr:
@@ -446,7 +446,7 @@ def train(args: Args) -> None:
                 optimizer.zero_grad()
                 step_metrics, td_errors = gradient_step(batch.obs, batch.actions, targets, weights)
                 optimizer.step()
-                buffer.set_priorities(indices, td_errors.cpu().numpy())  # B, 3.3
+                buffer.set_priorities(indices, td_errors.cpu().numpy())  # PER, 3.3
                 update_metrics.append(step_metrics)
             if due(global_step, args.target_frequency):
                 polyak_update(target_network, q_network, args.tau)
@@ -598,8 +598,8 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and 0 to 28 no-ops. After a lost life, FIRE is
-    pressed whatever the action, as Breakout would wait for it. `lives` counts those left.
+    two of 4 emulated ones. A game starts with FIRE and 0 to 28 no-ops, or 0 to 29 without FIRE.
+    After a lost life, FIRE is pressed whatever the action, as Breakout would wait for it.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}

@@ -12,7 +12,7 @@ version, without the second network, is arXiv:1312.5602.
         every train_frequency steps:
             sample a minibatch from D
             y = r, if s' is terminal, else r + gamma max_a' Q_target(s', a')
-            one gradient step on huber(y - Q(s, a))
+            one gradient step on huber(y - Q(s, a))                                 (Methods)
         every target_frequency steps: Q_target = Q (with tau < 1, a part of the way to Q)
 
     python dqn.py --env-id CartPole-v1 --seed 1
@@ -20,16 +20,16 @@ version, without the second network, is arXiv:1312.5602.
 
 Deviations from the paper:
 - A time limit does not end the task: the target uses the value of s' there (arXiv:1712.00378).
-- The loss is the mean over the minibatch, where the paper's code sums, so RMSProp's constant is
-  smaller, too: the paper divides by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
+- The loss is the mean over the minibatch, where the authors' code sums, so RMSProp's constant is
+  smaller, too: that code divides by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
 - The target network is copied every 10,000 steps of the agent, as in the authors' code; their table
-  counts gradient steps. Epsilon falls from the first step on, not from the first gradient step.
-- With vector observations: a small fully connected network, Adam with a learning rate that falls
-  to 0, a target network that follows in small steps, and the squared loss. As rewards are not
-  clipped there, rare failures bring large errors; Huber's loss would limit their effect so much
-  that Q grows too high.
-- FIRE, in games that have it, is pressed before the paper's no-ops and after each lost life.
-- Evaluation is greedy; the paper keeps an epsilon of 0.05.
+  counts gradient steps. Where the table says frames, both codes count steps of the agent.
+- Epsilon falls from step 1, not from the first gradient step. Atari runs have 10M steps, not 50M.
+- With vector observations: a small network, Adam with a learning rate that falls to 0, a target
+  network that follows in small steps, and the squared loss: rewards are not clipped there, and
+  Huber's loss would limit the effect of rare failures so much that Q grows too high.
+- FIRE, if a game has it, comes before the no-ops and after each lost life. Evaluation is greedy;
+  the paper keeps an epsilon of 0.05.
 """
 
 from __future__ import annotations
@@ -85,15 +85,15 @@ class Args:
     anneal_lr: bool = Default(True, atari=False)
     """Lower the learning rate linearly over the run, to 0 at its end."""
     optimizer: Literal["adam", "rmsprop"] = Default("adam", atari="rmsprop")
-    """Optimizer; rmsprop is centred, as in Mnih et al. 2015."""
+    """Optimizer; rmsprop is centred and has no momentum, as in the code of Mnih et al. 2015."""
     loss: Literal["huber", "squared"] = Default("squared", atari="huber")
-    """Loss of the TD error; the gradient of huber is the error clipped to [-1, 1]."""
+    """Loss of the TD error: its square, or huber, with the gradient clipped to [-1, 1]."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
     """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
     buffer_size: Count = Default(50_000, atari=1_000_000)
-    """Transitions in the replay memory; on Atari a million take 7 GB."""
+    """Transitions in the replay memory; on Atari a million take 7 GB, in a checkpoint, too."""
     learning_starts: Count = Default(1_000, atari=50_000)
     """Environment steps before the first gradient step."""
     train_frequency: Count = 4
@@ -101,7 +101,7 @@ class Args:
     batch_size: Count = Default(128, atari=32)
     """Transitions per gradient step."""
     target_frequency: Count = Default(4, atari=10_000)
-    """Environment steps between updates of the target network."""
+    """Environment steps, not gradient steps, between updates of the target network."""
     tau: float = Default(0.02, atari=1.0)
     """Share by which a target network moves to the trained one: 1 copies it, less averages."""
     epsilon_start: float = 1.0
@@ -119,7 +119,7 @@ class Args:
     num_envs: Count = 1
     """Environments stepped together."""
     env_kwargs: Json = field(default_factory=dict)
-    """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'; on Atari AtariVectorEnv's."""
+    """Arguments for gymnasium.make, such as '{"gravity": -9}'; on Atari AtariVectorEnv's."""
     async_envs: bool = False
     """One process per environment: faster if a step takes milliseconds, otherwise slower."""
     sticky_actions: float = 0.0
@@ -514,8 +514,8 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and 0 to 28 no-ops. After a lost life, FIRE is
-    pressed whatever the action, as Breakout would wait for it. `lives` counts those left.
+    two of 4 emulated ones. A game starts with FIRE and 0 to 28 no-ops, or 0 to 29 without FIRE.
+    After a lost life, FIRE is pressed whatever the action, as Breakout would wait for it.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}

@@ -18,7 +18,7 @@ end of an episode. Schulman et al. 2017, arXiv:1707.06347; equation numbers are 
     torchrun --nproc-per-node 2 ppo_atari.py --env-id ALE/Pong-v5 --seed 1
 
 In the second command, each of two processes plays half of the games. The mean of their gradients is
-the gradient of the whole minibatch, so both commands learn the same weights, up to rounding.
+that of the whole minibatch, so only rounding differs (which in a long run acts like another seed).
 
 Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
@@ -26,9 +26,9 @@ Deviations from the paper:
 - As in OpenAI Baselines: the network of DQN (Nature, 2015), orthogonal weights, normalised
   advantages, clipped gradients, a clipped value loss of a quarter of the paper's weight (c1 is 1/2,
   and the loss is half the squared error), 4 epochs instead of 3, and Adam's epsilon of 1e-5.
-- eps does not fall to 0. After a lost life, FIRE replaces an action that is still learned from.
-- A minibatch is not a random set of transitions. It holds the transitions of all games at randomly
-  chosen time steps, so it is the same whichever process plays which game.
+- eps does not fall to 0. A minibatch holds all games at random time steps, whoever plays them.
+- After a lost life, FIRE replaces an action that is still learned from, and the stack of frames
+  goes on. A game begins with FIRE and then no-ops; in Baselines, FIRE comes last.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Args:
     anneal_lr: bool = True
     """Lower the learning rate linearly over the run, to 0 at its end."""
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
-    """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
+    """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (hidden layers)."""
     gamma: float = 0.99
     """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
     gae_lambda: float = 0.95
@@ -114,7 +114,7 @@ class Args:
     episodic_life: bool = True
     """Atari: learn as if a lost life ended the episode; the game goes on."""
     fire_reset: bool = True
-    """Atari: press FIRE at the start of a game, and after a lost life, much as Baselines does."""
+    """Atari: press FIRE at the start of a game, and instead of an action after a lost life."""
 
     # Run
     seed: Count = 1
@@ -126,9 +126,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the networks live. auto: a GPU if there is one; small networks run faster on a CPU."""
     torch_threads: Count = 1
-    """CPU threads of torch; small networks gain nothing from a second one."""
+    """CPU threads of torch; this network gains from a second one."""
     compile: bool = False
-    """Compile the gradient step: needs a C++ compiler, starts seconds later, is often faster."""
+    """Compile acting and learning: needs a C++ compiler, starts seconds later, is often faster."""
     track: bool = False
     """Log to Weights & Biases too; without a key or network, to files that can be synced later."""
     wandb_project_name: str = "deep-rl"
@@ -391,14 +391,14 @@ def train(args: Args) -> None:
         }  # of this process's games; averaged below
 
         # 4. Update
-        observed = observed.movedim(2, -1).contiguous().movedim(-1, 2)  # channels last in memory
+        observed = observed.movedim(2, -1).contiguous().movedim(-1, 2)  # layout: channels last
         batch = observed, actions, log_probs, advantages, returns, values
         for _ in range(args.update_epochs):
             times = rng.permutation(args.num_steps).reshape(args.num_minibatches, -1)
             minibatch_metrics = []
             for t in times:
                 minibatch = [x[t].flatten(0, 1) for x in batch]
-                if args.norm_adv and batch_size > args.num_minibatches:  # one would become 0
+                if args.norm_adv and batch_size > args.num_minibatches:  # one alone becomes 0
                     minibatch[3] = normalize(minibatch[3])  # the advantages
                 optimizer.zero_grad()
                 step_metrics = gradient_step(*minibatch)
@@ -466,8 +466,8 @@ class AtariGame(gym.Env):
     """One game of ale-py's C++ vector environment, which makes and stacks the pictures.
 
     Observations: the 4 newest grey frames of 84 x 84 bytes, each the pixel-wise maximum of the last
-    two of 4 emulated ones. A game starts with FIRE and 0 to 28 no-ops. After a lost life, FIRE is
-    pressed whatever the action, as Breakout would wait for it. `lives` counts those left.
+    two of 4 emulated ones. A game starts with FIRE and 0 to 28 no-ops, or 0 to 29 without FIRE.
+    After a lost life, FIRE is pressed whatever the action, as Breakout would wait for it.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}

@@ -36,7 +36,8 @@ FIELD_VARIANTS: dict[str, str] = {
     "norm_adv": "in minibatches, in the batch, without the mean, or over the run",
     "max_grad_norm": "of both networks together, or of each",
     "log_std_init": "of continuous ones, if a script has others; REINFORCE names no source",
-    "compile": "REINFORCE and TRPO: of the critic alone",
+    "compile": "REINFORCE and TRPO: of the critic alone; ppo_atari: of acting, too",
+    "torch_threads": "ppo_atari: its network gains from a second one",
 }
 LINES = {
     "dqn": 1156,
