@@ -102,9 +102,10 @@ def say(text: str) -> None:
 def read_options(kind: type, description: str) -> Any:
     """Read the command line; what reads its --help, such as head, may end early."""
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    options = tyro.cli(kind, description=description)
-    signal.signal(signal.SIGPIPE, before)
-    return options
+    try:
+        return tyro.cli(kind, description=description)
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 # ---- From the command line to jobs ---------------------------------------------------------------
