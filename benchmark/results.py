@@ -58,29 +58,22 @@ CALLS = ("train(parse_args(Args))", "with CLOSING:\n        train(parse_args(Arg
 MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 
 # Changed code that makes the same numbers, and the code whose runs it may therefore stand with.
-# What changed in both: what environments share with the process (threads, generators, a MuJoCo that
+# What changed: what environments share with the process (threads, generators, a MuJoCo that
 # cannot load) does a run no harm, whole numbers without bounds are not scaled, and a resume knows
 # which of its environments were lost. Of each environment that had such runs of PPO, the beginning
 # of one run (38,912 steps or more) and its final evaluation were made again: the same bit for bit.
-# TRPO got --small-adv, which changes a run only where the explained variance (it is logged) is not
-# above 0. Each run was made again until after the last such iteration (24,576 steps or more),
-# and five differed; these, and all on the two inverted pendulums, were made again to their ends.
 # Then came environments that no such run had: ones that call sys.exit(), leave the directory, or
 # send another byte order. Of each script some beginnings, with an evaluation: the same bit for bit.
 PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
-TRPO = "be196073356198d41874678cea66500390c400c3b148fd7d58358034de7f02cd"
 REINFORCE = "8b339d9cfade90d3cb3bfc0a1c0623f6a37f9528aacb392d35a47582cc63fdeb"
-BEFORE_SMALL_ADV = "02558a91fa57eaca2e83164e9754cffc7d222e0e1895fbd86bb32fd48f5d7f13"
 SAME = {
     "1705030d7ac145ea359754dbeedaf68e5e0a32d37971eda718ab79cf64e76365": PPO,
     "dac62ec640b26b5863707a286ff499ee0ab8c5038bc4468f5493fbc392fdc4b5": PPO,
     "aee5aed815c815781aaed8a276ebcd036dfa35b151d578425c2e1423408e09ec": PPO,
-    BEFORE_SMALL_ADV: TRPO,
-    "ccddad9843a706a3e2b2fd14f8490901972118313169a20070faca5e9c6aa59d": TRPO,
     "ace999de98c0815b1e83ee1b57655ce576f2635325a2d69d7f6b4082721d9426": REINFORCE,
 }
-# Flags that this code did not have, with the values at which today's repeats its runs.
-NEW_FLAGS = {BEFORE_SMALL_ADV: {"small_adv": 0.05}}
+# Flags that such code did not have, with the values at which today's repeats its runs.
+NEW_FLAGS: dict[str, dict] = {}
 
 
 def code_hash(path: Path) -> str:

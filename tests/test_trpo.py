@@ -322,7 +322,8 @@ def test_a_direction_that_is_not_finite_leaves_the_policy(trpo, tmp_path, monkey
 
 def test_natural_policy_gradient(tmp_path):
     """Without the line search the first step is taken; --npg-step fixes its size."""
-    run("trpo", "--run-dir", tmp_path / "a", "--no-line-search", "--max-kl", 0.5)
+    wide = ["--max-kl", 0.5, "--log-std-init", -0.5]
+    run("trpo", "--run-dir", tmp_path / "a", "--no-line-search", *wide)
     run("trpo", "--run-dir", tmp_path / "b", "--no-line-search", "--npg-step", 0.05)
     free, fixed = training(tmp_path / "a"), training(tmp_path / "b")
     assert {line["losses/line_search_steps"] for line in free + fixed} == {1}
