@@ -126,7 +126,7 @@ class Args:
     num_envs: Count = 1
     """Environments stepped together."""
     env_kwargs: Json = field(default_factory=dict)
-    """Arguments for gymnasium.make, such as '{"gravity": -9}'; on Atari AtariVectorEnv's."""
+    """Arguments for gymnasium.make: '{"sutton_barto_reward": true}'; on Atari AtariVectorEnv's."""
     async_envs: bool = False
     """One process per environment: faster if a step takes milliseconds, otherwise slower."""
     sticky_actions: float = 0.0

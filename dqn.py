@@ -12,7 +12,7 @@ version, without the second network, is arXiv:1312.5602.
         every train_frequency steps:
             sample a minibatch from D
             y = r, if s' is terminal, else r + gamma max_a' Q_target(s', a')
-            one gradient step on huber(y - Q(s, a))                                 (Methods)
+            one gradient step on huber(y - Q(s, a))                             (Methods)
         every target_frequency steps: Q_target = Q (with tau < 1, a part of the way to Q)
 
     python dqn.py --env-id CartPole-v1 --seed 1
@@ -119,7 +119,7 @@ class Args:
     num_envs: Count = 1
     """Environments stepped together."""
     env_kwargs: Json = field(default_factory=dict)
-    """Arguments for gymnasium.make, such as '{"gravity": -9}'; on Atari AtariVectorEnv's."""
+    """Arguments for gymnasium.make: '{"sutton_barto_reward": true}'; on Atari AtariVectorEnv's."""
     async_envs: bool = False
     """One process per environment: faster if a step takes milliseconds, otherwise slower."""
     sticky_actions: float = 0.0

@@ -72,8 +72,6 @@ SAME = {
     "aee5aed815c815781aaed8a276ebcd036dfa35b151d578425c2e1423408e09ec": PPO,
     "ace999de98c0815b1e83ee1b57655ce576f2635325a2d69d7f6b4082721d9426": REINFORCE,
 }
-# Flags that such code did not have, with the values at which today's repeats its runs.
-NEW_FLAGS: dict[str, dict] = {}
 
 
 def code_hash(path: Path) -> str:
@@ -195,8 +193,7 @@ def read_parts(run_dir: Path) -> dict:
     args, script = run["args"], run["script"]
     total, _ = int(args["total_timesteps"]), int(args["seed"])
     text = (run_dir / script).read_text()
-    new_flags = NEW_FLAGS.get(hash_of_tree(text), {})
-    run["args"] = new_flags | {key: value for key, value in args.items() if key != "run_dir"}
+    run["args"] = {key: value for key, value in args.items() if key != "run_dir"}
     run["versions"] = dict(run.get("versions", {}))
     lines = read_metrics(run_dir / "metrics.jsonl")
     run["code_hash"] = hash_of_text(text)

@@ -44,23 +44,15 @@ def test_only_todays_scripts_stand_with_runs_of_other_code():
     """Once a script changes again, its lines have to go."""
     today = {results.code_hash(ROOT / f"{name}.py") for name in OURS}
     assert set(results.SAME.values()) <= today and not set(results.SAME) & today
-    assert results.NEW_FLAGS.keys() <= results.SAME.keys()
 
 
-def test_runs_of_other_code_have_the_flags_that_were_added(tmp_path, monkeypatch):
-    """Else they would have a row of their own beside the runs that they equal."""
+def test_runs_of_other_code_that_makes_the_same_numbers(tmp_path, monkeypatch):
+    """Otherwise they would have a row of their own beside the runs that they equal."""
     old, new = "x = 1\n", "x = 2\n"
     before, today = results.hash_of_tree(old), results.hash_of_tree(new)
     monkeypatch.setattr(results, "SAME", {before: today})
-    monkeypatch.setattr(results, "NEW_FLAGS", {before: {"flag": 0.5, "gamma": 0.1}})
-    folders = [
-        fake(tmp_path / "a", seed=1, code=old),
-        fake(tmp_path / "b", seed=2, code=new, flag=0.5),
-    ]
-    runs = [results.read_run(folder) for folder in folders]
-    assert {(r["code_hash"], r["args"]["flag"], r["args"]["gamma"]) for r in runs} == {
-        (today, 0.5, 0.99)
-    }
+    folders = [fake(tmp_path / "a", seed=1, code=old), fake(tmp_path / "b", seed=2, code=new)]
+    assert {results.read_run(folder)["code_hash"] for folder in folders} == {today}
 
 
 def test_the_hash_is_of_the_algorithm(script, tmp_path):

@@ -108,6 +108,14 @@ def processes(root):
     return [int(pid) for pid, text in lines if str(root) in text and "ppo_continuous.py" in text]
 
 
+def test_a_wrong_command_line_leaves_sigpipe_as_it_was(monkeypatch):
+    before = signal.getsignal(signal.SIGPIPE)
+    monkeypatch.setattr(sys, "argv", ["sweep", "smoke", "--nothing"])
+    with pytest.raises(SystemExit):
+        main()
+    assert signal.getsignal(signal.SIGPIPE) == before != signal.SIG_DFL
+
+
 def test_a_sweep_completes_and_a_second_one_has_nothing_to_do(tmp_path):
     first = sweep(suite(tmp_path), "--run-root", tmp_path / "r")
     assert "2 of 2 complete" in first.stdout
