@@ -2,7 +2,7 @@
 
 PPO takes several epochs of gradient steps on one rollout. From the second step on, its actions are
 those of an old policy. So the ratio pi(a|s) / pi_old(a|s) replaces log pi(a|s); at ratio 1, both
-have the same gradient. The loss gains nothing from a ratio outside [1 - eps, 1 + eps], so that the
+have the same gradient. L gains nothing where a ratio moves further out of [1 - eps, 1 + eps]: the
 policy stays close to the data. Schulman et al. 2017, arXiv:1707.06347; equation numbers are theirs.
 
     for each iteration:

@@ -12,7 +12,7 @@ section numbers are those of arXiv:1506.02438, the paper on GAE.
     for each iteration:
         play one whole episode in each of num_envs environments
         G_t = r_t + gamma G_{t+1}; --no-reward-to-go: G_0 for every t            (section 2)
-        A_t = G_t - b, with a constant b, or one for each t, or b = V(s_t)
+        A_t = G_t - b, with a constant b, or one for each t, or b = V(s_t); for G_0, b = V(s_0)
         one Adam step on -mean over episodes of sum over t of log pi(a_t|s_t) A_t       (eq. 1)
         with b = V(s_t): gradient steps on the mean of (V(s_t) - G_t)^2 / 2
 
@@ -74,8 +74,8 @@ class Args:
     reward_to_go: bool = True
     """Weight each action by the rewards from its step on; if off, by the whole episode's return."""
     baseline: Literal["none", "constant", "optimal", "time", "value"] = "value"
-    """What is subtracted. none: 0. constant: mean return of the other episodes. time: the same, at
-    the same step. optimal: from them, the b of least gradient variance. value: a learned V(s)."""
+    """What is subtracted. constant: mean of G_t over all steps of the other episodes. time: over
+    their step t. optimal: the constant of least gradient variance in them. value: learned V(s)."""
     norm_adv: bool = True
     """Divide advantages by their root mean square."""
     critic_learning_rate: float = 1e-3
@@ -91,7 +91,7 @@ class Args:
     env_id: str = "CartPole-v1"
     """Gymnasium environment; "module:Name-v0" imports the module first."""
     num_envs: Count = 8
-    """Environments stepped together; each plays one episode for a step of the policy."""
+    """Environments stepped together; each plays one episode for each step of the policy."""
     env_kwargs: Json = field(default_factory=dict)
     """Arguments for gymnasium.make, such as '{"healthy_reward": 2}'."""
     async_envs: bool = False
@@ -267,7 +267,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 
     Its gradient estimates -grad E[G] = -E[G grad log p], as grad p = p grad log p; of an episode's
     log p, only the terms log pi(a_t|s_t) have a gradient. Its value has no meaning. No bias if
-    gamma is 1, no time limit cuts, --norm-adv is off and no action changes its own baseline.
+    gamma is 1 or G_t is G_0, no time limit cuts, --norm-adv is off, and no action is in its own b.
 
     Shapes: (T, N), advantages 0 after an episode's end -> (). Source: Williams 1992, theorem 2.
     """
@@ -395,7 +395,7 @@ def train(args: Args) -> None:
         envs.set_attr("waiting", False)  # all begin their next episode
         obs, playing = np.stack(envs.get_attr("obs")), np.ones(args.num_envs, np.bool_)
         steps = []
-        while playing.any() and len(steps) < LONGEST_EPISODE:  # a longer one counts as ended
+        while playing.any() and len(steps) < LONGEST_EPISODE:  # a longer one is cut
             # 1. Act
             with torch.no_grad():
                 policy = actor(to_network(obs))
@@ -455,7 +455,7 @@ def train(args: Args) -> None:
             "losses/entropy": entropy(policy)[mask].mean().item(),
             "losses/grad_norm": gradients.mean(0).norm().item(),  # before --norm-adv
         }
-        if args.num_envs > 1:  # variance of the mean over the episodes, summed over parameters
+        if args.num_envs > 1:  # of the mean over the episodes, as if these were independent
             metrics["losses/gradient_variance"] = (gradients.var(0).sum() / args.num_envs).item()
         if args.baseline == "value":
             inputs, returns = normed_obs[mask], returns[mask]

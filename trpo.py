@@ -19,13 +19,13 @@ Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, or GAE's (a
         beta = sqrt(2 max_kl / x^T (F + damping I) x); beta x has a KL of at most about max_kl
         shrink beta until L is better and the mean KL at most max_kl, or give up  (appendix C)
         --no-line-search: beta x, whatever its KL, or --npg-step times x          (Kakade 2001)
-        gradient steps of the critic on the mean of (V(s_t) - R_t)^2 / 2, for random minibatches
+        gradient steps of the critic on the mean of (V(s_t) - R_t)^2 / 2, on random minibatches
 
     python trpo.py --env-id HalfCheetah-v5 --seed 1
 
 Deviations from the paper:
-- Advantages come from a critic (arXiv:1506.02438). Where they are small and it predicts no returns,
-  they are only its errors: no step then. max_kl falls to 0. F is damped, and uses all samples.
+- Advantages come from a critic (arXiv:1506.02438). Small ones of a critic that explains nothing of
+  the returns are only its errors: no step then. max_kl falls to 0. F is damped, and of all samples.
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not change the values.
 - Advantages and observations are normalised, rewards scaled (arXiv:2005.12729). The statistics of
@@ -66,7 +66,7 @@ from tqdm import tqdm
 class Args:
     # Algorithm
     max_kl: float = 0.04
-    """Largest mean KL divergence in nats between the old policy and the new one."""
+    """Largest mean KL divergence in nats of a new policy from the old one, at the start."""
     cg_steps: Count = 15
     """Largest number of conjugate gradient steps; each takes one product with the Fisher matrix."""
     cg_damping: float = 0.1
@@ -78,7 +78,7 @@ class Args:
     max_backtracks: Count = 10
     """How many steps the line search tries before it keeps the old policy."""
     npg_step: float | None = None
-    """Constant step size along F^-1 g, with --no-line-search; None: the largest --max-kl allows."""
+    """Step size along F^-1 g with --no-line-search, a constant; None: the largest for --max-kl."""
     gamma: float = 0.99
     """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
     gae_lambda: float = 0.95
@@ -88,7 +88,7 @@ class Args:
     norm_adv: bool = True
     """Normalise advantages in each batch."""
     small_adv: float = 0.05
-    """No step if the std of the advantages is smaller and explained_variance is at most 0."""
+    """No step if the std of the advantages is below this, and explained_variance at most 0."""
     critic_learning_rate: float = 1e-3
     """Step size for the critic at the start."""
     anneal_lr: bool = True
@@ -206,7 +206,7 @@ class ValueCritic(nn.Module):
         return self.value(obs).squeeze(-1)
 
 
-# ---- Mathematics of TRPO (log_prob, sample, compute_gae: as in a2c.py, below train) --------------
+# ---- Mathematics of TRPO (below train: log_prob, sample, compute_gae; they are as in a2c.py) -----
 
 # What an actor returns: logits (..., num_actions), or mean (..., action_dim) and log_std.
 Policy = Tensor | tuple[Tensor, Tensor]
@@ -332,7 +332,7 @@ def train(args: Args) -> None:
         return to_env(mode(actor(to_network(obs[None]))))[0]
 
     def policy_step(obs, actions, advantages, max_kl):
-        """Move the actor's parameters to the new policy."""
+        """One step of the actor, as in appendix C; returns its metrics."""
         policy = actor(obs)
         old_policy, old_parameters = frozen(policy), flatten(parameters).detach()
         old_log_probs = log_prob(old_policy, actions)
