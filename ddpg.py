@@ -549,6 +549,8 @@ def check_run_args(args: Any) -> None:
     is_name = '"Name-v0" or "module:Name-v0"'
     require(args, "env_id", lambda x: x.count(":") < 2 and x[:1] not in (".", ":", ""), is_name)
     require(args, "run_dir resume evaluate", lambda x: x != "", "the path of a run folder")
+    barred = set("/\\#?%:")  # by wandb
+    require(args, "wandb_project_name", barred.isdisjoint, "a name without / \\ # ? % :")
     require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
 
 
@@ -559,6 +561,7 @@ def parse_args(args_class: type) -> Any:
         args = tyro.cli(args_class, default=args_class())
     except BrokenPipeError:  # what read --help, such as head, has enough
         os._exit(0)
+    CLOSING.push(refuse_exit)
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment
         return tyro.cli(args_class, default=args_class(env_id=args.env_id))
@@ -591,6 +594,12 @@ def stop(message: str, code: int = 2) -> NoReturn:
     with contextlib.suppress(OSError):  # Ctrl-C may have ended its reader, such as tee
         tqdm.write(message, file=sys.stderr)
     sys.exit(code)
+
+
+def refuse_exit(kind: Any, error: Any, trace: Any) -> None:
+    """Whoever else calls sys.exit(), such as an environment, must not end a run in silence."""
+    if kind is SystemExit and not error.code:
+        raise RuntimeError("the environment called sys.exit()") from error
 
 
 def warn(message: str) -> None:
@@ -741,7 +750,7 @@ def close(envs: gym.Env | VectorEnv) -> None:
         for env in getattr(envs, "envs", [envs]):
             try:  # without waiting for a process that is dead or in the middle of a step
                 env.close(**({"timeout": 0} if hasattr(env, "processes") else {}))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 warn(f"an environment could not be closed: {error!r}")
         envs.closed = True  # so that neither Gymnasium nor the end of the process does it again
 
@@ -772,7 +781,8 @@ class Run:
         self.result = {}  # the last evaluation, if nothing was learned since
         self.bar, self.last_line = tqdm(disable=True), 0.0
         self.signal, self.signal_time = 0, 0.0
-        self.refuse_what_would_fail()
+        with self.writing():
+            self.refuse_what_would_fail()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -814,7 +824,7 @@ class Run:
 
     def begin(self) -> None:
         """Start the clock, the run folder, wandb and the progress bar."""
-        self.start_time = time.time() - self.wall_time
+        self.start_time = time.monotonic() - self.wall_time
         with self.writing():
             self.claim_folder()
             self.open_folder()
@@ -855,7 +865,7 @@ class Run:
         if self.args.resume:
             about = json.loads((self.dir / "args.json").read_text())
             with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: half a last line
-                for text in (self.dir / "metrics.jsonl").read_text().splitlines():
+                for text in (self.dir / "metrics.jsonl").read_bytes().splitlines():
                     lines.append(json.loads(text))
         lines = [line for line in lines if line["global_step"] <= self.global_step]
         last = lines[-1] if lines else {}
@@ -954,7 +964,7 @@ class Run:
             metrics["charts/episodes"] = len(self.episodes)
             self.recent_return = f"return {mean_return:.1f}"
             self.episodes = []
-        self.wall_time = time.time() - self.start_time
+        self.wall_time = time.monotonic() - self.start_time
         metrics["charts/SPS"] = global_step / self.wall_time
         self.write_metrics(metrics)
         self.result = {}
@@ -990,8 +1000,8 @@ class Run:
         step, total = self.global_step, max(self.args.total_timesteps, self.global_step)
         self.bar.set_postfix_str(self.recent_return, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.time() > self.last_line + 10:
-            self.last_line = time.time()
+        if self.bar.disable and time.monotonic() > self.last_line + 10:
+            self.last_line = time.monotonic()
             times = f"{speed:.0f}/s, {(total - step) / speed:.0f} s left"
             with contextlib.suppress(OSError):
                 print(f"{step}/{total} steps, {times}, {self.recent_return}", file=sys.stderr)

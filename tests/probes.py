@@ -456,13 +456,28 @@ class Wandering(Fifty):
 
 
 class Quitting(Fifty):
-    """Ends the process after 100 steps, as a game does whose window is closed."""
+    """Ends the process in one of its methods, as a game does whose window is closed."""
 
-    total = 0
+    def __init__(self, where):
+        self.where, self.calls = where, 0
+        self.perhaps_quit("make", 0)
+
+    def perhaps_quit(self, here, calls):
+        if here == self.where:
+            self.calls += 1
+            if self.calls > calls:
+                sys.exit()
+
+    def reset(self, *, seed=None, options=None):
+        self.perhaps_quit("reset", 3)
+        return super().reset(seed=seed, options=options)
 
     def reward(self, action):
-        self.total += 1
-        return sys.exit() if self.total > 100 else 1.0
+        self.perhaps_quit("step", 100)
+        return 1.0
+
+    def close(self):
+        self.perhaps_quit("close", 0)
 
 
 class Foreign(Fifty):

@@ -106,6 +106,7 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path):
         ("--target-kl -1", ["--target-kl"]),
         ("--kl-coef 0", ["--kl-coef", "above 0"]),
         ("--policy-objective nonsense", ["clip"]),
+        ("--wandb-project-name team/project", ["--wandb-project-name", "without /"]),
     ],
 )
 def test_bad_arguments_of_ppo(arguments, says, tmp_path):
@@ -139,6 +140,10 @@ def test_a_folder_that_holds_the_users_own_script_is_refused(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     refuse(ONE, "--run-dir", tmp_path / "file" / "run", says=["error: cannot write"])
+
+
+def test_a_folder_whose_name_is_too_long(tmp_path):
+    refuse(ONE, "--run-dir", tmp_path / ("r" * 300), says=["error: cannot write", "--run-dir"])
 
 
 def test_resuming_with_other_arguments(script, finished):

@@ -192,13 +192,33 @@ def test_an_environment_that_goes_to_another_folder(tmp_path, monkeypatch):
     assert not list((tmp_path / "assets").iterdir())
 
 
-@pytest.mark.parametrize("more", [[], ["--async-envs"]])
-def test_an_environment_that_ends_the_process(tmp_path, more):
+def quitting(where):
+    return ["--env-id", "probes:Quitting-v0", "--env-kwargs", json.dumps({"where": where})]
+
+
+@pytest.mark.parametrize(
+    "where, more", [("step", []), ("step", ["--async-envs"]), ("reset", []), ("make", [])]
+)
+def test_an_environment_that_ends_the_process(tmp_path, where, more):
     """An error, as if it had raised one."""
-    done = run_process(
-        ONE, "--env-id", "probes:Quitting-v0", "--run-dir", tmp_path / "r", *more, code=1
-    )
+    done = run_process(ONE, *quitting(where), "--run-dir", tmp_path / "r", *more, code=1)
     assert "Traceback" in done.stderr and "called sys.exit()" in done.stderr
+    assert "probes.py" in done.stderr
+
+
+def test_an_environment_that_ends_the_process_when_it_is_closed(tmp_path):
+    """The evaluations in training do that, too."""
+    words = [*quitting("close"), "--run-dir", tmp_path / "r", "--eval-frequency", 256]
+    done = run_process(ONE, *words)
+    assert "could not be closed" in done.stderr and "eval mean_return=50" in done.stdout
+
+
+def test_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    now = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    run(ONE, "--run-dir", tmp_path / "r")
+    lines = metrics(tmp_path / "r")
+    assert all(x["wall_time"] > 0 and x.get("charts/SPS", 1) > 0 for x in lines)
 
 
 @pytest.mark.parametrize("script", VECTORS)
