@@ -1090,7 +1090,7 @@ def join_processes(args: Args) -> None:
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
     if args.evaluate:
         if rank > 0:
-            sys.exit()
+            os._exit(0)  # sys.exit() would be taken for an environment's
         return
     if args.num_envs % world_size:
         stop(f"error: --num-envs {args.num_envs}: must be a multiple of {world_size} processes")

@@ -65,13 +65,16 @@ MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 # of one run (38,912 steps or more) and its final evaluation were made again: the same bit for bit.
 # Then came environments that no such run had: ones that call sys.exit(), leave the directory, or
 # send another byte order. Of each script some beginnings, with an evaluation: the same bit for bit.
+# PPO_ATARI: how those of several processes end that have nothing to evaluate; no run had several.
 PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
+PPO_ATARI = "94a84627281a112c592fe14754ffb6440abf40862ce14982f6d6df9ee7b53310"
 REINFORCE = "8b339d9cfade90d3cb3bfc0a1c0623f6a37f9528aacb392d35a47582cc63fdeb"
 SAME = {
     "1705030d7ac145ea359754dbeedaf68e5e0a32d37971eda718ab79cf64e76365": PPO,
     "dac62ec640b26b5863707a286ff499ee0ab8c5038bc4468f5493fbc392fdc4b5": PPO,
     "aee5aed815c815781aaed8a276ebcd036dfa35b151d578425c2e1423408e09ec": PPO,
     "ace999de98c0815b1e83ee1b57655ce576f2635325a2d69d7f6b4082721d9426": REINFORCE,
+    "82d72ded26236c79df6d285e1c799a714d4f67a47fd4e0100003fcc93e8e0ce6": PPO_ATARI,
 }
 
 
