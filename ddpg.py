@@ -599,7 +599,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
 def refuse_exit(kind: Any, error: Any, trace: Any) -> None:
     """Whoever else calls sys.exit(), such as an environment, must not end a run in silence."""
     if kind is SystemExit and not error.code:
-        raise RuntimeError("the environment called sys.exit()") from error
+        raise RuntimeError("something called sys.exit(), such as the environment") from error
 
 
 def warn(message: str) -> None:

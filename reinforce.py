@@ -267,7 +267,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 
     Its gradient estimates -grad E[G] = -E[G grad log p], as grad p = p grad log p; of an episode's
     log p, only the terms log pi(a_t|s_t) have a gradient. Its value has no meaning. No bias if
-    gamma is 1 or G_t is G_0, no time limit cuts, --norm-adv is off, and no action is in its own b.
+    gamma is 1 or G_t is G_0, no time limit cuts, --norm-adv is off, no action changes its own b.
 
     Shapes: (T, N), advantages 0 after an episode's end -> (). Source: Williams 1992, theorem 2.
     """
@@ -455,7 +455,7 @@ def train(args: Args) -> None:
             "losses/entropy": entropy(policy)[mask].mean().item(),
             "losses/grad_norm": gradients.mean(0).norm().item(),  # before --norm-adv
         }
-        if args.num_envs > 1:  # of the mean over the episodes, as if these were independent
+        if args.num_envs > 1:  # variance of the mean over the episodes, as if independent
             metrics["losses/gradient_variance"] = (gradients.var(0).sum() / args.num_envs).item()
         if args.baseline == "value":
             inputs, returns = normed_obs[mask], returns[mask]
@@ -721,7 +721,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
 def refuse_exit(kind: Any, error: Any, trace: Any) -> None:
     """Whoever else calls sys.exit(), such as an environment, must not end a run in silence."""
     if kind is SystemExit and not error.code:
-        raise RuntimeError("the environment called sys.exit()") from error
+        raise RuntimeError("something called sys.exit(), such as the environment") from error
 
 
 def warn(message: str) -> None:

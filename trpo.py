@@ -25,7 +25,7 @@ Schulman et al. 2015, arXiv:1502.05477; equation numbers are theirs, or GAE's (a
 
 Deviations from the paper:
 - Advantages come from a critic (arXiv:1506.02438). Small ones of a critic that explains nothing of
-  the returns are only its errors: no step then. max_kl falls to 0. F is damped, and of all samples.
+  the returns are its errors: no step then. max_kl falls to 0. F is damped, and uses all samples.
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not change the values.
 - Advantages and observations are normalised, rewards scaled (arXiv:2005.12729). The statistics of
@@ -800,7 +800,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
 def refuse_exit(kind: Any, error: Any, trace: Any) -> None:
     """Whoever else calls sys.exit(), such as an environment, must not end a run in silence."""
     if kind is SystemExit and not error.code:
-        raise RuntimeError("the environment called sys.exit()") from error
+        raise RuntimeError("something called sys.exit(), such as the environment") from error
 
 
 def warn(message: str) -> None:
