@@ -10,7 +10,8 @@ all up to num_steps, as in Mnih et al. (n-step returns), with 0 one, else a mixt
     for each update:
         run the policy for num_steps in each of num_envs environments
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                     (eq. 11)
-        A_t = delta_t + gamma lambda A_{t+1}, and R_t = A_t + V(s_t)                   (eq. 16)
+        A_t = delta_t + gamma lambda A_{t+1}                                           (eq. 16)
+        R_t = A_t + V(s_t), the return that V(s_t) is moved to
         (no V(s_{t+1}) after a termination, no A_{t+1} after the end of an episode or rollout)
         one step on the mean of -log pi(a_t|s_t) A_t + c1 (V(s_t) - R_t)^2 / 2 - c2 entropy
         critic_steps - 1 further steps on the mean of c1 (V(s_t) - R_t)^2 / 2
@@ -20,17 +21,18 @@ all up to num_steps, as in Mnih et al. (n-step returns), with 0 one, else a mixt
 
 The paper's A3C has many workers that send gradients to one network without waiting for each other,
 so a gradient may belong to an older policy than the newest. Here one policy acts in all
-environments, and waits for all of them: this learns at least as well, and uses processors and GPUs
-better (openai.com/index/openai-baselines-acktr-a2c). This synchronous form is called A2C.
+environments, and waits for all of them: this learns at least as well, and uses GPUs better
+(openai.com/index/openai-baselines-acktr-a2c). This synchronous form is called A2C.
 
 Deviations from the paper:
 - Where a time limit ends an episode, the return continues with V of its last observation
   (arXiv:1712.00378): the limit is not part of the task, so it must not change the values.
-- Losses are means, in which (V - R)^2 weighs 1/4, and gradients are clipped, as in Baselines.
+- Losses are means; (V - R)^2 weighs 1/4, and gradients are clipped, as in the first Baselines.
 - With vector observations: on each batch one step of the policy (its gradient is right only for the
   policy that acted: on-policy), but several of the critic; lambda of 0.95; normalised observations
-  and scaled rewards as in arXiv:2005.12729, scaled advantages; one std for all observations.
-- On Atari: DQN's network (Nature, 2015), and Baselines' step size.
+  and scaled rewards as in arXiv:2005.12729, scaled advantages; one std for all observations; no
+  entropy bonus (c2 is 0), which slowed learning. On Atari: DQN's network (Nature, 2015),
+  Baselines' step size; after a lost life, FIRE replaces an action that is still learned from.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ class Default:
 class Args:
     # Algorithm
     learning_rate: float = Default(1e-3, atari=7e-4)
-    """Step size of the optimizer at the start."""
+    """Step size at the start: of the policy, on Atari of the whole network."""
     critic_learning_rate: float = Default(1e-3, atari=7e-4)
     """Step size for the critic at the start; unused on Atari, where one network serves both."""
     anneal_lr: bool = True
@@ -90,7 +92,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
-    """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
+    """Discount factor per step; take less than 1 if time limits end episodes: values could grow."""
     gae_lambda: float = Default(0.95, atari=1.0)
     """Lambda of GAE. 0: V after one reward; 1: V only at the rollout's end; arXiv:1506.02438."""
     num_steps: Count = Default(8, atari=5)
@@ -98,7 +100,7 @@ class Args:
     critic_steps: Count = Default(10, atari=1)
     """Gradient steps of the critic for each gradient step of the policy."""
     norm_adv: bool = Default(True, atari=False)
-    """Divide advantages by the std of all so far; a batch's own would often make noise large."""
+    """Divide advantages by the std of all so far; that of a small batch would amplify noise."""
     vf_coef: float = 0.5
     """Weight c1 of the value loss, which is half the mean squared error."""
     ent_coef: float = Default(0.0, atari=0.01)
@@ -484,6 +486,9 @@ def check_args(args: Args) -> None:
     require(args, positive, lambda x: 0 < x < math.inf, "above 0")
     require(args, "vf_coef ent_coef", lambda x: 0 <= x < math.inf, "0 or more")
     require(args, "log_std_init", lambda x: -20 <= x <= 2, "between -20 and 2")
+    if not args.atari:
+        require(args, "sticky_actions", lambda x: x == 0, "0, except on Atari")
+        require(args, "precision", lambda x: x != "bfloat16", "highest or medium, except on Atari")
 
 
 # ---- Networks and optimizer ----------------------------------------------------------------------

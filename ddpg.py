@@ -21,11 +21,11 @@ Deviations from the paper:
 - The end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
 - Two hidden layers of 256 units and minibatches of 256, as in SAC (arXiv:1812.05905); PyTorch's
   initialisation; the action enters in the first layer, no batch normalisation or weight decay,
-  faster learning of actor and targets, as in later work, which does better (arXiv:1802.09477).
+  faster learning of actor and targets: the tuned DDPG of arXiv:1802.09477, which does better.
 - The noise is Gaussian; --noise ou --noise-std 0.38 is the paper's Ornstein-Uhlenbeck process
   (theta 0.15, sigma 0.2), in steps of 1. Noise that changes slowly gains nothing on MuJoCo tasks
   (arXiv:1802.09477). The sum of action and noise is clipped.
-- At first, actions are random and nothing is learned: one useless policy would see too little.
+- The first actions are uniformly random, without updates: an untrained policy would see too little.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (hidden layers)."""
     gamma: float = 0.99
-    """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
+    """Discount factor per step; take less than 1 if time limits end episodes: values could grow."""
     buffer_size: Count = 1_000_000
     """Transitions in the replay memory."""
     learning_starts: Count = 10_000
@@ -82,11 +82,11 @@ class Args:
     batch_size: Count = 256
     """Transitions per gradient step."""
     tau: float = 0.005
-    """Share by which a target network moves to the trained one: 1 copies it, less averages."""
+    """Share of the way that a target network moves to the trained one each time; 1: a copy."""
     noise: Literal["gaussian", "ou"] = "gaussian"
     """New noise for every action, or noise that changes slowly (Ornstein-Uhlenbeck)."""
     noise_std: float = 0.1
-    """Std of the noise, for actions whose bounds are [-1, 1]."""
+    """Std of the noise (of ou: over a long time), for actions whose bounds are [-1, 1]."""
     log_frequency: Count = 1000
     """Environment steps per iteration; each iteration ends with a line of metrics."""
 

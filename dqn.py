@@ -91,7 +91,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
-    """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
+    """Discount factor per step; take less than 1 if time limits end episodes: values could grow."""
     buffer_size: Count = Default(50_000, atari=1_000_000)
     """Transitions in the replay memory; on Atari a million take 7 GB, in a checkpoint, too."""
     learning_starts: Count = Default(1_000, atari=50_000)
@@ -103,7 +103,7 @@ class Args:
     target_frequency: Count = Default(4, atari=10_000)
     """Environment steps, not gradient steps, between updates of the target network."""
     tau: float = Default(0.02, atari=1.0)
-    """Share by which a target network moves to the trained one: 1 copies it, less averages."""
+    """Share of the way that a target network moves to the trained one each time; 1: a copy."""
     epsilon_start: float = 1.0
     """Probability of a random action at the start."""
     epsilon_end: float = Default(0.05, atari=0.1)
@@ -436,6 +436,9 @@ def check_args(args: Args) -> None:
     require(args, "learning_rate", lambda x: 0 < x < math.inf, "above 0")
     least = 8 * args.num_envs
     require(args, "buffer_size", lambda x: x >= least, f"at least 8 * num_envs = {least}")
+    if not args.atari:
+        require(args, "sticky_actions", lambda x: x == 0, "0, except on Atari")
+        require(args, "precision", lambda x: x != "bfloat16", "highest or medium, except on Atari")
 
 
 # ---- Schedules, optimizer, target network --------------------------------------------------------

@@ -21,13 +21,13 @@ Haarnoja et al. 2018b, arXiv:1812.05905; equation numbers are theirs where no ot
 
     python sac.py --env-id HalfCheetah-v5 --seed 1
 
---value-network --no-autotune --alpha 0.2 is that of 2018a, arXiv:1801.01290: V has its own network,
-which learns min Q(s, c) - alpha log pi(c|s), c ~ pi(.|s) (2018a, eq. 5), and a target network,
-which gives V(s') in y (2018a, eq. 8). alpha is 1 / reward scale, which was 5 (on Humanoid 20).
+With --value-network --no-autotune --alpha 0.2 it is the first SAC (2018a, arXiv:1801.01290): V has
+its own network, which learns min Q(s, c) - alpha log pi(c|s), c ~ pi(.|s) (2018a, eq. 5), and a
+target network, which gives V(s') in y (2018a, eq. 8). alpha is 1 / its reward scale: 5, on Humanoid 20.
 
 Deviations from the paper:
 - The end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
-- At first, actions are random and nothing is learned: one useless policy would see too little.
+- The first actions are uniformly random, without updates: an untrained policy would see too little.
 - The logarithm of alpha is learned, so that alpha stays positive. Losses lack the paper's 1/2. The
   log std is kept in [-20, 2], as in the authors' code; initial weights are PyTorch's.
 """
@@ -76,7 +76,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (hidden layers)."""
     gamma: float = 0.99
-    """Discount factor per step; below 1 if a time limit ends episodes, as V could grow forever."""
+    """Discount factor per step; take less than 1 if time limits end episodes: values could grow."""
     buffer_size: Count = 1_000_000
     """Transitions in the replay memory."""
     learning_starts: Count = 10_000
@@ -86,15 +86,15 @@ class Args:
     batch_size: Count = 256
     """Transitions per gradient step."""
     tau: float = 0.005
-    """Share by which a target network moves to the trained one: 1 copies it, less averages."""
+    """Share of the way that a target network moves to the trained one each time; 1: a copy."""
     autotune: bool = True
     """Learn alpha, the weight of the entropy, so that the entropy stays near its target."""
     alpha: float = 1.0
-    """Weight of the entropy: at the start, or with --no-autotune always."""
+    """Weight of the entropy: at the start, or with --no-autotune always (first paper: 0.2)."""
     target_entropy: float | None = None
-    """Entropy in nats, for actions in [-1, 1], that alpha aims at; None: -1 per dimension."""
+    """Entropy in nats that a learned alpha aims at; None: -1 per dimension of the actions."""
     value_network: bool = False
-    """Learn V with a network of its own, as in the first paper (arXiv:1801.01290)."""
+    """Learn V with its own network (first paper, arXiv:1801.01290; its alpha was fixed, too)."""
     log_frequency: Count = 1000
     """Environment steps per iteration; each iteration ends with a line of metrics."""
 
@@ -353,7 +353,7 @@ def train(args: Args) -> None:
         return targets, values
 
     def critic_step(obs, actions, targets, value_targets):
-        """Compute the gradients for the next step of the critics' optimizer."""
+        """Compute the gradients for the critics' optimizer. value_targets: with --value-network."""
         q_values = critic(obs, actions)
         assert q_values.shape[1:] == targets.shape
         loss = (q_values - targets).square().mean(1).sum()  # eq. 5: of both critics

@@ -66,8 +66,12 @@ MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 # Then came environments that no such run had: ones that call sys.exit(), leave the directory, or
 # send another byte order. Of each script some beginnings, with an evaluation: the same bit for bit.
 # PPO_ATARI: how those of several processes end that have nothing to evaluate; no run had several.
+# A2C and the DQNs: on vectors, they refuse two flags for games, which no run on vectors had.
 PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
 PPO_ATARI = "94a84627281a112c592fe14754ffb6440abf40862ce14982f6d6df9ee7b53310"
+A2C = "cbfa11119533db83bd3fe7a44f9906177e1020d2c4fcdc513dc5ad3d8c93e543"
+DOUBLE_DQN_PER = "c74b9cf2d35d956fbcc7e9954da85e0e9305549245f42e42f8786f5ac9fd76c5"
+DQN = "148aa776254a939072744ef6c99d343e435183c7eeda0c97a6e427067b6353e8"
 REINFORCE = "8b339d9cfade90d3cb3bfc0a1c0623f6a37f9528aacb392d35a47582cc63fdeb"
 SAME = {
     "1705030d7ac145ea359754dbeedaf68e5e0a32d37971eda718ab79cf64e76365": PPO,
@@ -75,6 +79,9 @@ SAME = {
     "aee5aed815c815781aaed8a276ebcd036dfa35b151d578425c2e1423408e09ec": PPO,
     "ace999de98c0815b1e83ee1b57655ce576f2635325a2d69d7f6b4082721d9426": REINFORCE,
     "82d72ded26236c79df6d285e1c799a714d4f67a47fd4e0100003fcc93e8e0ce6": PPO_ATARI,
+    "8085a0f286e95a7ae6d7fee6aabb65b98a2aea2659e44271098f8ba065cd5e2a": A2C,
+    "897b55c4e0ab5e7882691492820c11a2fbbb9e59df501cf87939f02d0bee704b": DOUBLE_DQN_PER,
+    "1c3ba0242657ca215e13810c7fdb63f359ba22b959f0acb93b4a5a3efd9586fe": DQN,
 }
 
 

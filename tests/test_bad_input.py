@@ -114,6 +114,18 @@ def test_bad_arguments_of_ppo(arguments, says, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("script", ["a2c", "dqn", "double_dqn_per"])
+def test_flags_for_games_are_refused_elsewhere(script, tmp_path):
+    """They would do nothing, and args.json would say that they had been used."""
+    for flag, value in {"--precision": "bfloat16", "--sticky-actions": "0.25"}.items():
+        says = [flag, "except on Atari", value]
+        arguments = ["--env-id", "CartPole-v1", flag, value, "--run-dir", tmp_path / "r"]
+        refuse(script, *arguments, says=says)
+    assert not list(tmp_path.iterdir())
+    args = load(script).Args(env_id="ALE/Pong-v5", precision="bfloat16", sticky_actions=0.25)
+    assert args.precision == "bfloat16" and args.sticky_actions == 0.25
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_device_that_is_not_there(tmp_path):
     refuse(ONE, "--device", "cuda", "--run-dir", tmp_path / "r", says=["error: --device cuda"])
