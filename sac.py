@@ -23,7 +23,7 @@ Haarnoja et al. 2018b, arXiv:1812.05905; equation numbers are theirs where no ot
 
 With --value-network --no-autotune --alpha 0.2 it is the first SAC (2018a, arXiv:1801.01290): V has
 its own network, which learns min Q(s, c) - alpha log pi(c|s), c ~ pi(.|s) (2018a, eq. 5), and a
-target network, which gives V(s') in y (2018a, eq. 8). alpha is 1 / its reward scale: 5, on Humanoid 20.
+target network, which gives V(s') in y (2018a, eq. 8). alpha is 1 / reward scale (5, Humanoid 20).
 
 Deviations from the paper:
 - The end of the task stops the bootstrap, a time limit does not (arXiv:1712.00378).
