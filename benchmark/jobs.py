@@ -45,13 +45,13 @@ class Source:
         """Write it beside the run folders, for the jobs to run. Raises: OSError."""
         folder = root / "code" / self.digest
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{self.script}.{os.getpid()}"
-        part.write_text(self.text)
+        part = folder / f"{self.script}.{os.urandom(4).hex()}"  # other nodes write it, too
+        part.write_text(self.text, "utf-8")
         part.rename(folder / f"{self.script}.py")  # whole at every instant: another may start it
 
 
 def read_source(script: str) -> Source:
-    return Source(script, (ROOT / f"{script}.py").read_text())
+    return Source(script, (ROOT / f"{script}.py").read_text("utf-8-sig"))
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,21 @@ def command(job: Job, python: str = sys.executable, relative: bool = False) -> l
     if relative:
         script, folder = os.path.relpath(ROOT / f"{job.script}.py"), os.path.relpath(folder)
     if status(job) == "begun":
-        track = [word for word in job.arguments if word == "--track"]
-        return [python, str(script), "--resume", str(folder), *track]
+        return [python, str(script), "--resume", str(folder), *changed_on_resume(job)]
     start = [python, str(script), "--env-id", job.env_id, "--seed", str(job.seed)]
     return [*start, "--run-dir", str(folder), *job.arguments]
+
+
+def changed_on_resume(job: Job) -> list[str]:
+    """The flags that leave the numbers alone and are not what they were when the run began."""
+    was, now = (about(job.folder) or {})["args"], json.loads(job.resolved)
+    words = []
+    for name in ("track", "capture_video", "eval_frequency", "checkpoint_frequency"):
+        if name in now and now[name] != was.get(name):
+            flag, value = name.replace("_", "-"), now[name]
+            flag = f"no-{flag}" if value is False else flag
+            words += [f"--{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
 
 
 def is_locked(path: Path) -> bool:

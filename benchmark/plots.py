@@ -136,7 +136,7 @@ def draw_curves(
     shown, some_cut = {}, False
     for panel, env_id in zip(axes.flat, env_ids, strict=False):
         here = [row for row in rows if row.environment == env_id]
-        drawn = []
+        drawn, counts = [], []
         for row in here:
             place = names.index(row.contender + row.label)
             color, style = COLORS[place % len(COLORS)], STYLES[place // len(COLORS) % len(STYLES)]
@@ -149,6 +149,7 @@ def draw_curves(
                 drawn.append(curve)
                 finished += [curve] if run["eval"] else []
             places, curves = common_curve(finished)
+            counts.append(len(curves) if len(places) else len(row.done))
             thick = {"color": color, "linestyle": style, "linewidth": 1.8}
             if len(places):
                 panel.plot(places, curves.mean(0), **thick)
@@ -162,7 +163,7 @@ def draw_curves(
             published = [("best published", found.get("best"), BLACK, "--")]
             published += [("CleanRL", found.get("CleanRL"), GREY, ":")]
         else:
-            best = best_published(env_id)
+            best = best_published(env_id, here)
             published = [("best published of any algorithm", best, BLACK, "--")]
         published = [line for line in published if line[1] is not None]
         for name, mean, color, style in published:
@@ -171,7 +172,6 @@ def draw_curves(
         if limits:
             panel.set_ylim(limits)
             some_cut = True
-        counts = [len(row.done) for row in here]
         cut = ", cut" if limits else ""
         title = textwrap.fill(f"{env_id} ({seeds_text(counts)}{cut})", 40)
         panel.set_title(title, fontsize=10)

@@ -140,8 +140,9 @@ def details(rows: list[Row], sources: list[str]) -> str:
         curve, ends = training(row), ""
         if not math.isnan(curve["training_end"]):
             ends = f"{number(curve['training_highest'])}, {number(curve['training_end'])}"
-        minutes = statistics.median(run["minutes"] for run in every_run([row]))
-        lines.append(f"| {row.heading} | {', '.join(cells)} | {ends} | {minutes:.1f} |")
+        whole = [run["minutes"] for run in every_run([row]) if run["state"] == "finished"]
+        minutes = f"{statistics.median(whole):.1f}" if whole else ""
+        lines.append(f"| {row.heading} | {', '.join(cells)} | {ends} | {minutes} |")
     return "\n".join([*lines, "", "</details>\n"])
 
 
@@ -185,6 +186,15 @@ def score_table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def without_scores(parts: list[list[Row]]) -> str:
+    """A line for the environments that stand in none of the tables of scores, "" if all do."""
+    alone = {row.environment for part in parts if not has_scores(part) for row in part if row.done}
+    if not alone:
+        return ""
+    why = "fewer than two environments with scores were run together with each of them"
+    return f"Not in the normalised scores, as {why}: {', '.join(sorted(alone))}.\n"
+
+
 def careful(rows: list[Row]) -> list[str]:
     """A line on what else differs between the rows that are compared or averaged."""
     mixed = mixtures(rows)
@@ -211,7 +221,7 @@ def comparison(rows: list[Row], fewest: int = 1) -> str:
     names = [name for name in finals if any(name in (pair["x"], pair["y"]) for pair in found)]
     env_ids = sorted({x for p in found for x in finals[p["x"]].keys() & finals[p["y"]]})
     lines = [
-        *careful(rows),
+        *careful([row for row in rows if row.contender in names and row.environment in env_ids]),
         "Mean final return ± std over seeds (number of seeds), side by side:\n",
         f"| environment | {' | '.join(map(code, names))} |",
         "|---|" + "---|" * len(names),
@@ -300,7 +310,8 @@ def readme_with_results() -> str:
     if few:
         parts += [f"Not compared, with fewer than {FEWEST} seeds: {', '.join(few)}.\n"]
     if over := [text for family in families(everything) if (text := score_table(family))]:
-        parts += [*over, "![Performance profiles](benchmark/results/profiles.png)"]
+        parts += [*over, without_scores(families(everything))]
+        parts += ["![Performance profiles](benchmark/results/profiles.png)"]
     return before + BEGIN + "\n\n" + "\n".join(parts) + "\n\n" + END + after
 
 
@@ -354,7 +365,7 @@ def write_report(paths: list[Path], out: Path, **curves) -> list[str]:
     parts += [comparison(rows)]
     if over := [text for part in kinds(rows) if (text := score_table(part))]:
         plots.draw_profiles(kinds(rows), out / "profiles.png", pdf=True)
-        parts += [*over, "![Performance profiles](profiles.png)"]
+        parts += [*over, without_scores(kinds(rows)), "![Performance profiles](profiles.png)"]
     (out / "report.md").write_text("\n".join(parts) + "\n")
     tables = {
         "results": [summary(row) for row in rows],

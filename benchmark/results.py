@@ -13,6 +13,7 @@ import csv
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -91,7 +92,7 @@ def code_hash(path: Path) -> str:
     It is of the syntax tree, without docstrings and messages, of what stands above the run
     infrastructure, and of the parts of that which step, seed and evaluate, or are not ours.
     """
-    return hash_of_text(path.read_text())
+    return hash_of_text(path.read_text("utf-8-sig"))
 
 
 def hash_of_text(text: str) -> str:
@@ -153,7 +154,8 @@ def thin(lines: list[dict], total: int) -> list[tuple[int, float, float]]:
         episodes = sum(line["charts/episodes"] for line in parts)
         returns = sum(line["charts/episodic_return"] * line["charts/episodes"] for line in parts)
         minutes = round(parts[-1]["wall_time"] / 60, 3)
-        curve.append((place * total // POINTS, round(returns / episodes, 2), minutes))
+        mean = float(f"{returns / episodes:.6g}")  # digits enough for a picture
+        curve.append((place * total // POINTS, mean, minutes))
     return curve
 
 
@@ -202,8 +204,10 @@ def read_parts(run_dir: Path) -> dict:
     """The same of a folder that is not damaged."""
     run = json.loads((run_dir / "args.json").read_text())
     args, script = run["args"], run["script"]
-    total, _ = int(args["total_timesteps"]), int(args["seed"])
-    text = (run_dir / script).read_text()
+    total, seed = args["total_timesteps"], args["seed"]
+    if type(total) is not int or type(seed) is not int:
+        raise ValueError(f"total_timesteps {total!r} or seed {seed!r} is no whole number")
+    text = (run_dir / script).read_text("utf-8-sig")  # as Windows' editors may save it
     run["args"] = {key: value for key, value in args.items() if key != "run_dir"}
     run["versions"] = dict(run.get("versions", {}))
     lines = read_metrics(run_dir / "metrics.jsonl")
@@ -213,6 +217,9 @@ def read_parts(run_dir: Path) -> dict:
     run["hardware"] = known.read_text().strip() if known.exists() else None
     last = lines[-1] if lines else {"global_step": 0, "wall_time": 0.0}
     final = {key[5:]: value for key, value in last.items() if key.startswith("eval/")}
+    for value in final.values():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{value!r} among the results of its evaluation")
     done = last["global_step"] >= total and "episodes" in final
     curve = thin(lines, max(total, last["global_step"]))
     failed = "the return of its evaluation is not finite"
@@ -261,7 +268,7 @@ def collect(run_dir: Path) -> Path:
     """Add one run to the results.
 
     Raises: ValueError if it is not a whole run, or would replace one that is finished by one that
-    is not, or one of other arguments.
+    is not, one of today's code by one of other code, or one of other arguments.
     """
     run = read_run(run_dir)
     args, curve = run["args"], run.pop("curve")
@@ -270,12 +277,16 @@ def collect(run_dir: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     meta = folder / "meta.json"
     try:
-        runs = json.loads(meta.read_text()) if meta.exists() else {}
-    except ValueError as error:
+        runs = dict(json.loads(meta.read_text()) if meta.exists() else {})
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{meta}: {error}") from None
     if old := runs.get(str(args["seed"])):
         if old["eval"] and not run["eval"]:
             raise ValueError(f"{run_dir}: {meta} has a finished run of this seed, this one is not")
+        script = ROOT / run["script"]
+        today = code_hash(script) if script.exists() else None
+        if old["code_hash"] == today != run["code_hash"]:
+            raise ValueError(f"{run_dir}: {meta} has a run of today's {script.name}, this one not")
         was, now = relevant(old["args"]), relevant(args)
         if differ := [key for key in sorted(was | now) if was.get(key) != now.get(key)]:
             said = ", ".join(f"{key} {was.get(key)} there, {now.get(key)} here" for key in differ)
@@ -301,7 +312,7 @@ def load(script: str) -> list[dict]:
                 with open(meta.parent / f"{seed}.csv") as file:
                     _, *rows = csv.reader(file)
                 runs.append(run | {"curve": [(int(step), float(value)) for step, value in rows]})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{meta}: {error}") from None
     return runs
 
@@ -319,7 +330,7 @@ if __name__ == "__main__":
         sys.exit(0 if len(sys.argv) > 1 else 2)
     try:
         folders = run_folders(map(Path, sys.argv[1:]))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     problems = 0

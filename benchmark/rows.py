@@ -29,6 +29,7 @@ ALGORITHMS = {
 }  # under which names results are published; a script of the user's own needs none
 PUBLISHED = {"best_published": "best", "best_published_final": "final", "cleanrl": "CleanRL"}
 LIBRARIES = ("torch", "gymnasium", "mujoco", "ale_py")
+OF_ENVIRONMENT = ("env_kwargs", "sticky_actions")  # arguments that make it another task
 SUITES = ROOT / "benchmark" / "suites"
 
 
@@ -67,10 +68,10 @@ class Row:
 
     @property
     def older(self) -> bool:
-        """Whether the script has changed since, other than in its prose."""
+        """Whether the script has changed since, other than in its prose; not if it is not here."""
         path = ROOT / f"{self.script}.py"
         try:
-            return not path.exists() or code_hash(path) != self.code
+            return path.exists() and code_hash(path) != self.code
         except (SyntaxError, ValueError):  # somebody is editing it
             return True
 
@@ -84,7 +85,7 @@ class Row:
         """The row of reference_results.csv for this algorithm and environment."""
         algorithm = ALGORITHMS.get(self.script, "")
         titles = [self.title] if self.name else []
-        titles += [] if self.kwargs else [self.env_id]
+        titles += [] if self.kwargs or self.arguments.get("sticky_actions") else [self.env_id]
         keys = [(algorithm, name, label) for name in titles]
         return next((references()[key] for key in keys if key in references()), None)
 
@@ -154,10 +155,12 @@ def without_repeats(runs: list[dict]) -> tuple[list[dict], list[str]]:
 # ---- Over environments ---------------------------------------------------------------------------
 
 
-def best_published(env_id: str) -> float | None:
-    """The best published result of any algorithm."""
-    found = [r["mean"] for key, r in references().items() if key[1:] == (env_id, "best")]
-    return max(map(float, found), default=None)
+def best_published(environment: str, rows: list[Row]) -> float | None:
+    """The best published result of any algorithm; of the rows' named groups, too."""
+    titles = {environment, *(row.title for row in rows if row.environment == environment)}
+    found = references().items()
+    means = [float(r["mean"]) for (_, env, label), r in found if label == "best" and env in titles]
+    return max(means, default=None)
 
 
 def normalised(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
@@ -168,7 +171,7 @@ def normalised(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
     scores: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     for row in rows:
         best, floor = (
-            best_published(row.environment),
+            best_published(row.environment, rows),
             references().get(("any", row.environment, "random")),
         )
         if best is not None and floor and row.done and not row.note:
@@ -243,9 +246,10 @@ def mixtures(rows: list[Row]) -> list[str]:
         said += [f"{name} does not have the same {what} on all environments"] if differ else []
     for env_id in dict.fromkeys(env_id for envs in found.values() for env_id in envs):
         of = {name: envs[env_id] for name, envs in found.items() if env_id in envs}
-        for what in ("total_timesteps", "eval_episodes", *LIBRARIES):
+        for what in ("total_timesteps", "eval_episodes", *OF_ENVIRONMENT, *LIBRARIES):
             values = {n: (r.libraries | r.arguments).get(what) for n, r in of.items()}
-            if len(set(values.values()) - {None}) > 1:  # None: a library that a run did not load
+            known = {str(value) for value in values.values() if value is not None}
+            if len(known) > 1:  # None: a library that a run did not load
                 each = ", ".join(f"{name} {value}" for name, value in values.items())
                 said.append(f"{what} on {env_id}: {each}")
     return said
@@ -264,8 +268,11 @@ def left_out(rows: list[Row]) -> dict[str, str]:
         if row.environment not in shared and row.done:
             missing = [name for name in scores if row.environment not in own(rows).get(name, {})]
             known = any(row.environment in envs for envs in scores.values())
-            lacks = f"not of {', '.join(missing)}" if missing else "no published result"
-            reasons[row.environment] = lacks if known else "no published result"
+            reason = f"not of {', '.join(missing)}"
+            if not known:
+                published = best_published(row.environment, rows) is not None
+                reason = "no score of random actions" if published else "no published result"
+            reasons[row.environment] = reason
         if row.note:
             reasons[row.environment] = f"several rows of {row.contender}"
     return reasons

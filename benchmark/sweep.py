@@ -116,7 +116,7 @@ def read_suite(name: str) -> dict:
     path = Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
     known = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
     try:
-        suite = tomllib.loads(path.read_text())
+        suite = tomllib.loads(path.read_text("utf-8-sig"))
         runs = suite["runs"]
         if not (runs and all(isinstance(group, dict) for group in runs)):
             wrong(f"suite {path}: runs is a list of groups, each below a line [[runs]]")
@@ -130,16 +130,19 @@ def read_suite(name: str) -> dict:
             if not (group["scripts"] and group["env_ids"]):
                 wrong(f"suite {path}: scripts and env_ids must not be empty")
             name = group.setdefault("name", "")
-            if not re.fullmatch(r"[\w .+-]*", name) or "__" in name or ".old-" in name:
+            if not re.fullmatch(r"[\w .+-]*", name):
                 wrong(f"suite {path}: name {name}: letters, digits and spaces, please")
             for flag, values in group.get("grid", {}).items():
                 named = re.fullmatch(r"[a-z][a-z0-9-]*", flag)
                 if not (isinstance(values, list) and values and named):
                     wrong(f"suite {path}: grid has a list of values for each flag, without --")
             for script in group["scripts"]:
-                if not (ROOT / f"{script}.py").is_file():
-                    wrong(f"suite {path}: there is no {ROOT / script}.py")
+                if "/" in script or not (ROOT / f"{script}.py").is_file():
+                    wrong(f"suite {path}: there is no {script}.py in {ROOT}")
         suite["runs"] = [part for group in suite["runs"] for part in expand(group)]
+        for name in (group["name"] for group in suite["runs"]):
+            if "__" in name or ".old-" in name:
+                wrong(f"suite {path}: name {name}: without __ and .old-, please")
         titles = [
             (script, title(env_id, group["name"]))
             for group in suite["runs"]
@@ -152,6 +155,8 @@ def read_suite(name: str) -> dict:
         seeds = suite["seeds"]
         if not (seeds and all(type(seed) is int and 0 <= seed < TUNING_SEEDS for seed in seeds)):
             wrong(f"suite {path}: seeds is a list of whole numbers from 0 to {TUNING_SEEDS - 1:,}")
+        if len(set(seeds)) < len(seeds):
+            wrong(f"suite {path}: a seed stands twice in {seeds}")
         return suite
     except FileNotFoundError:
         wrong(f"no suite {name}: there are {known}, or give the path of a .toml file")
@@ -559,14 +564,17 @@ def main() -> None:
         wrong("--workers must be at least 1, --retries 0 or more")
     if options.cpus_per_job <= 0 or options.gpus_per_job < 0:
         wrong("--cpus-per-job must be above 0, --gpus-per-job 0 or more")
+    if options.engine != "ray" and (options.ray_address or options.gpus_per_job):
+        wrong("--ray-address and --gpus-per-job are for --engine ray")
+    stop = Stop() if not options.dry_run else None  # Ctrl-C while it plans: nothing is started
     planned, sources = plan(options)
-    if options.dry_run:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into head, say
-        return print_commands(planned)
     if options.job is not None:
         if not 1 <= options.job <= len(planned):
             wrong(f"--job {options.job}: there are {len(planned)}, counted from 1")
         planned = planned[options.job - 1 : options.job]
+    if options.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into head, say
+        return print_commands(planned)
     failed: dict[Job, str] = {}
     root = show(planned[0].folder.parent)
     try:
@@ -586,7 +594,7 @@ def main() -> None:
             say(other(job))
     todo = [job for job in planned if jobs.status(job) != "complete"]
     engine: Callable = run_on_ray if options.engine == "ray" else run_local
-    stop, board = Stop(), Board(planned, failed)
+    board = Board(planned, failed)
     try:
         for _ in engine(todo, options, stop, failed):
             board.draw()

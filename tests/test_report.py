@@ -15,7 +15,7 @@ import pytest
 from conftest import OURS, ROOT, call, environ
 
 sys.path.insert(0, str(ROOT))
-from benchmark import plots, report, results, rows, stats
+from benchmark import plots, report, results, rows, stats, sweep
 
 
 def fake(folder, env_id="Hopper-v5", seed=1, final=100.0, code="x = 1\n", end=None, **args):
@@ -256,6 +256,11 @@ def test_older_code_names_its_commit(tmp_path):
     assert row.heading.endswith("(older code: 0123456)") and row.label == " (older code)"
 
 
+def test_a_script_of_another_folder_is_not_older(tmp_path):
+    (row,) = report.group([results.read_run(fake(tmp_path / "a", script="not_here.py"))])
+    assert row.label == ""
+
+
 def test_a_collapse_in_training_is_shown(tmp_path):
     """By hand: two seeds whose mean rises to 80 and falls to 20 at the end."""
     for seed, shift in ((1, -10), (2, 10)):
@@ -366,12 +371,22 @@ def test_an_iteration_without_a_finite_return(tmp_path):
     assert [step for step, _ in curve] == [100, 200, 300, 500, 600, 700, 800, 900, 1000]
 
 
+ARGUMENTS = b"""{"args": {"env_id": "Hopper-v5", "total_timesteps": 1000, "seed": "2"},
+"script": "ppo_continuous.py"}"""
+EVALUATION = (
+    b'{"global_step": 1000, "wall_time": 1, "eval/episodes": 2, "eval/episodic_return": %s}\n'
+)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("args.json", b"\xff\xfe"),
         ("args.json", b"[]"),
         ("args.json", b'{"args": {"total_timesteps": "x"}, "script": "ppo_continuous.py"}'),
+        ("args.json", ARGUMENTS),
+        ("metrics.jsonl", EVALUATION % b'"x"'),
+        ("metrics.jsonl", EVALUATION % b"NaN"),
         ("ppo_continuous.py", b"x = '\xff'"),
         ("hardware.txt", b"\xff"),
         ("metrics.jsonl", b'{"global_step": null, "wall_time": 1}\n'),
@@ -481,7 +496,7 @@ def test_any_two_scripts_of_one_environment_are_compared(tmp_path):
     make(tmp_path / "runs", out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| environment | `mine.py` | `ppo_continuous.py` |" in text
-    assert "| Mine-v0 | 12.5 ± 1.3 (4) (older code) | 2.00 ± 1.00 (3) (older code) |" in text
+    assert "| Mine-v0 | 12.5 ± 1.3 (4) | 2.00 ± 1.00 (3) (older code) |" in text
     ((low, count),) = re.findall(
         r"\| `mine.py` \| `ppo_continuous.py` \| 1.00 \[(0\.\d\d), 1.00\] \| (\d) \|", text
     )
@@ -502,6 +517,33 @@ def test_unequal_seeds_and_what_is_left_out_are_named(tmp_path):
     assert "Numbers of seeds differ: ppo_continuous.py 1 or 3, sac.py 1 or 3." in text
     assert "Left out: Swimmer-v5 (not of sac.py)." in text
     assert re.search(r"\| `sac.py` \| -?\d\.\d\d \| -?\d\.\d\d \| 33% \|", text)
+
+
+def test_why_an_environment_has_no_scores_is_said(tmp_path):
+    """Mine-v0 has no published result; Pendulum-v1 has one, and none of random actions."""
+    env_ids = ["Hopper-v5", "Reacher-v5", "Pendulum-v1", "Mine-v0"]
+    make(fakes(tmp_path / "runs", ["sac", "ppo_continuous"], env_ids, (1,)), out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Pendulum-v1 (no score of random actions)" in text
+    assert "Mine-v0 (no published result)" in text
+
+
+def test_environments_without_a_table_of_scores_are_named(tmp_path):
+    fakes(tmp_path / "runs", ["ppo_continuous"], ["Hopper-v5", "Reacher-v5"], (1,))
+    fakes(tmp_path / "runs", ["dqn"], ["Acrobot-v1", "LunarLander-v3", "CartPole-v1"], (1,))
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Over 2 environments (Acrobot-v1, LunarLander-v3)" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("Not in the normalised")]
+    assert line.endswith(": CartPole-v1.")
+
+
+def test_the_best_published_result_may_have_other_flags(tmp_path):
+    """Of a named group, which is of the same environment; its scores would be too high else."""
+    run = results.read_run(variant(tmp_path, "gamma 0.9999", 1, 1.0, "Swimmer-v5", gamma=0.9999))
+    best = rows.best_published("Swimmer-v5", report.group([run]))
+    assert best > rows.best_published("Swimmer-v5", [])
+    assert rows.best_published("Ant-v5", report.group([run])) == rows.best_published("Ant-v5", [])
 
 
 def test_a_script_with_few_environments_does_not_hide_the_others(tmp_path):
@@ -586,11 +628,43 @@ def test_what_is_mixed_or_not_compared_is_named(tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     careful = [line for line in text.splitlines() if line.startswith("Careful")]
     line, of_scores = careful  # above what is compared, and above what is averaged
-    assert "mine.py does not have the same gamma, tau on all environments" in line
+    assert "mine.py does not have the same gamma on all environments" in line  # tau: not compared
     assert "mine.py does not have the same gamma on all environments" in of_scores
     assert "yours.py does not have the same code, gamma on all environments" in line
     assert "total_timesteps on Hopper-v5: mine.py 1000, yours.py 500" in line
     assert "Not compared, as there are several rows: yours.py on Mine-v0." in text
+
+
+def test_another_task_is_named(tmp_path):
+    """Of the same name, in one script with other arguments of the environment."""
+    for script, healthy, sticky in (("mine.py", 1, 0.0), ("yours.py", 9, 0.25)):
+        name = f"Ant-v5, hard__{script[:-3]}__1"
+        kwargs = {"env_kwargs": {"healthy_reward": healthy}}
+        fake(tmp_path / "runs" / name, "Ant-v5", script=script, **kwargs)
+        name = f"ALE-Pong-v5__{script[:-3]}__1"
+        fake(tmp_path / "runs" / name, "ALE/Pong-v5", script=script, sticky_actions=sticky)
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    said = "env_kwargs on Ant-v5, hard: mine.py {'healthy_reward': 1}, yours.py {'healthy_reward':"
+    assert said in text
+    assert "sticky_actions on ALE/Pong-v5: mine.py 0.0, yours.py 0.25" in text
+
+
+def test_published_results_are_of_the_same_task(tmp_path):
+    for sticky, found in ((0.0, True), (0.25, False)):
+        arguments = {"script": "ppo_atari.py", "sticky_actions": sticky}
+        run = results.read_run(fake(tmp_path / str(sticky), "ALE/Pong-v5", **arguments))
+        (row,) = report.group([run])
+        assert bool(row.published("best")) == found
+
+
+def test_only_what_is_compared_is_said_to_differ(tmp_path):
+    fakes(tmp_path / "runs", ["mine", "yours"], ["Hopper-v5"], (1,))
+    fake(tmp_path / "runs" / "more", "Mine-v0", script="alone.py", total_timesteps=500)
+    fake(tmp_path / "runs" / "most", "Yours-v0", script="alone.py", gamma=0.1)
+    make(tmp_path / "runs", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "beats one of Y" in text and "Careful" not in text
 
 
 def test_only_libraries_that_both_have_loaded_can_differ(tmp_path):
@@ -708,11 +782,24 @@ def test_a_picture_says_how_many_seeds(tmp_path, drawn):
     assert titles == ["Mine-v0 (n = 1 to 3)", "Yours-v0 (n = 2)"]
 
 
+def test_a_picture_says_of_how_many_curves_its_mean_is(tmp_path, drawn):
+    """Of three finished runs, two were evaluated on the way."""
+    for seed in (1, 2, 3):
+        path = fake(tmp_path / f"{seed}", seed=seed) / "metrics.jsonl"
+        early = {"eval/episodic_return": 1.0, "global_step": 100, "wall_time": 1.0}
+        if seed < 3:
+            path.write_text(json.dumps(early) + "\n" + path.read_text())
+    (axes,) = drawn(tmp_path, returns="evaluation").axes
+    assert "(n = 2)" in axes.get_title()
+    (axes,) = drawn(tmp_path).axes
+    assert "(n = 3)" in axes.get_title()
+
+
 def test_one_line_for_the_best_published(tmp_path, drawn):
     figure = drawn(fakes(tmp_path, ["sac", "ddpg"], ["Hopper-v5"], seeds=(1,)))
     lines = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
     heights = [line.get_ydata()[0] for line in lines]
-    assert heights == [rows.best_published("Hopper-v5")]
+    assert heights == [rows.best_published("Hopper-v5", [])]
 
 
 def test_axes_and_smoothing_of_curves(tmp_path, drawn):
@@ -809,6 +896,18 @@ def test_a_finished_run_is_not_replaced_by_an_unfinished_one(collected, monkeypa
     assert meta.read_text() == before
 
 
+def test_a_run_of_todays_code_is_not_replaced_by_an_older_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    today = (ROOT / "sac.py").read_text()
+    fake(tmp_path / "new", code=today, script="sac.py", final=100.0)
+    fake(tmp_path / "old", code="x = 1\n", script="sac.py", final=5.0)
+    meta = results.collect(tmp_path / "old") / "meta.json"
+    results.collect(tmp_path / "new")
+    with pytest.raises(ValueError, match=r"a run of today's sac\.py, this one not"):
+        results.collect(tmp_path / "old")
+    assert json.loads(meta.read_text())["1"]["eval"]["episodic_return"] == 100
+
+
 def test_one_bad_folder_does_not_keep_others_from_being_collected(tmp_path):
     """With the module's command line, on a copy."""
     shutil.copytree(
@@ -858,6 +957,33 @@ def test_the_readme_folds_sources_and_compares_from_three_seeds_on(collected, mo
     text = report.readme_with_results()
     assert "Not in the numbers:\n\n- ppo_continuous.py Hopper-v5" in text
     assert " seed 4: unfinished at step " in text
+
+
+def test_rows_have_the_flags_of_their_suite():
+    """What README says of its tables; a row of other flags is not the suite's."""
+    suites = [sweep.read_suite(path.stem) for path in sorted(report.SUITES.glob("*.toml"))]
+    made = {}
+    for row in (row for of in report.collected().values() for row in of if not row.older):
+        made.setdefault((row.script, row.title), []).append(row.arguments)
+    for part in (part for suite in suites for part in suite["runs"]):
+        for script, env_id in itertools.product(part["scripts"], part["env_ids"]):
+            found = made.get((script, sweep.title(env_id, part["name"])), [])
+            ours = rows.same_for_all_seeds({"args": sweep.resolve(script, env_id, part["args"])})
+            total = ours["total_timesteps"]
+            found = [x for x in found if x["total_timesteps"] == total]
+            for name in ours if found else ():
+                assert ours[name] in [x.get(name) for x in found], f"{script} {env_id}: {name}"
+
+
+def test_every_suite_with_results_is_in_the_readme():
+    """Its commands make all rows again."""
+    text = (ROOT / "README.md").read_text()
+    done = {(row.script, row.title) for of in report.collected().values() for row in of}
+    for path in sorted(report.SUITES.glob("*.toml")):
+        for part in sweep.read_suite(path.stem)["runs"] if path.stem != "smoke" else []:
+            titles = [sweep.title(env_id, part["name"]) for env_id in part["env_ids"]]
+            if path.stem != "atari" and set(itertools.product(part["scripts"], titles)) & done:
+                assert f"benchmark.sweep {path.stem}" in text and f"runs/{path.stem}" in text
 
 
 def test_every_script_is_known():

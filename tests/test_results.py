@@ -32,6 +32,20 @@ def test_thinning_weighs_by_episodes():
     assert results.thin(lines, 1000) == [(10, 1.0, 1.0), (20, 7.0, 1.1), (1000, 9.0, 100.0)]
 
 
+def test_small_returns_are_not_rounded_away():
+    """An environment of a user may pay thousandths."""
+    line = {"charts/episodes": 3, "charts/episodic_return": 0.00123456789, "wall_time": 60.0}
+    assert results.thin([line | {"global_step": 100}], 100) == [(100, 0.00123457, 1.0)]
+
+
+def test_a_script_saved_on_windows(tmp_path):
+    """With a mark of its encoding at the beginning, which is no part of the code."""
+    (tmp_path / "plain.py").write_text("x = 1\n", "utf-8")
+    (tmp_path / "marked.py").write_text("x = 1\n", "utf-8-sig")
+    codes = {results.code_hash(tmp_path / name) for name in ("plain.py", "marked.py")}
+    assert len(codes) == 1 and (tmp_path / "marked.py").read_bytes()[:1] == b"\xef"
+
+
 def test_the_hash_is_the_same_in_every_version_of_python():
     """Trees of 3.12 have a new field, for type parameters; 3.13 prints no empty fields."""
     text = (

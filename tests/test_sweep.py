@@ -215,6 +215,9 @@ def test_a_grid_is_a_named_group_for_each_combination(tmp_path):
         ("scripts = []", "scripts and env_ids must not be empty"),
         ("scripts = 'ppo_continuous'", "lists of strings"),
         ("scripts = ['ppo_continous']", "there is no"),
+        ("scripts = ['tests/conftest']", "there is no tests/conftest.py"),
+        ("name = 'a__b'", "without __"),
+        ("""grid = {env-kwargs = ['{"a__b": 1}']}""", "without __"),
     ],
 )
 def test_mistakes_in_a_suite(tmp_path, text, said):
@@ -231,6 +234,7 @@ def test_mistakes_in_a_suite(tmp_path, text, said):
     [
         ("seeds = [-1]\n[[runs]]\nGROUP", "from 0 to"),
         ("seeds = []\n[[runs]]\nGROUP", "from 0 to"),
+        ("seeds = [1, 2, 1]\n[[runs]]\nGROUP", "a seed stands twice"),
         ("[[runs]]\nGROUP", "seeds is missing"),
         ("seeds = [1]\n", "runs is missing"),
         ("seeds = [1]\n[runs]\nGROUP", "each below a line [[runs]]"),
@@ -267,6 +271,9 @@ def test_mistakes_in_the_form_of_a_suite(tmp_path, text, said):
         (["SUITE", "--num-seeds", "2", "--seeds", "3"], "--num-seeds 2"),
         (["SUITE", "--workers", "0"], "--workers"),
         (["SUITE", "--gpus-per-job", "-1"], "--gpus-per-job"),
+        (["SUITE", "--gpus-per-job", "1"], "for --engine ray"),
+        (["SUITE", "--ray-address", "auto"], "for --engine ray"),
+        (["SUITE", "--job", "9", "--dry-run"], "--job 9: there are 2"),
         (["SUITE", "--env-ids", "wrong_module:Env-v0"], "ZeroDivisionError"),
         (["SUITE", "--env-ids", "..:Env-v0"], "--env-ids ..:Env-v0"),
         (["SUITE", "--args=--gamma '0.9"], "--args --gamma '0.9: No closing quotation"),
@@ -589,6 +596,29 @@ def test_one_job_of_the_plan(tmp_path):
     assert [folder.name for folder in folders(root)] == ["Pendulum-v1__ppo_continuous__2"]
     done = plan(path, "--run-root", root, "--job", 4, code=2)
     assert "error: --job 4: there are 3" in done.stderr
+
+
+def test_a_resumed_job_takes_the_flags_that_may_change(tmp_path, finished):
+    """They leave the numbers alone, so that the run goes on; evaluations are wanted from now on."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = folders(tmp_path / "r")[0] / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    more = "--args=--eval-frequency 256 --capture-video --checkpoint-frequency 64"
+    arguments = [suite(tmp_path, seeds=(1,)), "--run-root", tmp_path / "r", "--dry-run"]
+    (line,) = plan(*arguments, more).stdout.splitlines()
+    flags = "--capture-video --eval-frequency 256 --checkpoint-frequency 64"
+    assert "--resume" in line and line.endswith(flags)
+    (line,) = plan(*arguments).stdout.splitlines()
+    assert "--resume" in line and line.split()[-1].endswith("__1")
+
+
+def test_two_nodes_keep_a_script_at_once(tmp_path, monkeypatch):
+    """Processes of two nodes may have the same id."""
+    names = []
+    monkeypatch.setattr(Path, "rename", lambda part, whole: names.append(part.name))
+    for _ in range(2):
+        jobs.Source("mine", "x = 1\n").keep(tmp_path)
+    assert len(set(names)) == 2
 
 
 def test_names_that_folders_cannot_have(tmp_path):
