@@ -92,7 +92,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
-    """Discount factor per step; take less than 1 if time limits end episodes: values could grow."""
+    """Discount factor per step; take below 1 where time limits end episodes, or values diverge."""
     gae_lambda: float = Default(0.95, atari=1.0)
     """Lambda of GAE. 0: V after one reward; 1: V only at the rollout's end; arXiv:1506.02438."""
     num_steps: Count = Default(8, atari=5)
