@@ -191,8 +191,8 @@ def without_scores(parts: list[list[Row]]) -> str:
     alone = {row.environment for part in parts if not has_scores(part) for row in part if row.done}
     if not alone:
         return ""
-    why = "fewer than two environments with scores were run together with each of them"
-    return f"Not in the normalised scores, as {why}: {', '.join(sorted(alone))}.\n"
+    why = "means over two environments or more that belong together and have scores"
+    return f"In no table of scores, which are {why}: {', '.join(sorted(alone))}.\n"
 
 
 def careful(rows: list[Row]) -> list[str]:

@@ -534,7 +534,7 @@ def test_environments_without_a_table_of_scores_are_named(tmp_path):
     make(tmp_path / "runs", out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Over 2 environments (Acrobot-v1, LunarLander-v3)" in text
-    (line,) = [line for line in text.splitlines() if line.startswith("Not in the normalised")]
+    (line,) = [line for line in text.splitlines() if line.startswith("In no table")]
     assert line.endswith(": CartPole-v1.")
 
 
