@@ -20,6 +20,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 STYLES = ["-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1))]  # for more contenders than colours
 BLACK, GREY = "#000000", "#777777"
 EARLY = 0.1  # part of a run that does not count for the range of the returns' axis
+FAR = 10  # times the range of 0 and the returns: a line so far above would press the curves flat
 
 
 def data_hash(rows: list[Row]) -> str:
@@ -105,7 +106,7 @@ def interesting(curves: list[np.ndarray], lines: list[float]) -> tuple[float, fl
         return None
     values = np.concatenate([*late, np.array(lines)])
     low, high = values.min(), values.max()
-    margin = 0.05 * (high - low) or 1.0
+    margin = 0.05 * max(high - low, 0.05 * abs(high)) or 1.0  # rounding is no range
     every = np.concatenate([curve[1] for curve in curves if curve.shape[1]])
     cut = min(every.min(), low) < low - (high - low)  # it would take half of the axis or more
     return (float(low - margin), float(high + margin)) if cut else None
@@ -166,9 +167,14 @@ def draw_curves(
             best = best_published(env_id, here)
             published = [("best published of any algorithm", best, BLACK, "--")]
         published = [line for line in published if line[1] is not None]
-        for name, mean, color, style in published:
+        values = np.concatenate([np.zeros(1), *(curve[1] for curve in drawn)])
+        reach = values.max() + FAR * np.ptp(values) if values.any() else np.inf
+        for name, mean, color, style in (line for line in published if line[1] <= reach):
             shown.setdefault(name, panel.axhline(mean, color=color, linestyle=style, linewidth=1.2))
-        limits = interesting(drawn, [mean for _, mean, *_ in published])
+        far = [f"{name}: {mean:.4g}" for name, mean, *_ in published if mean > reach]
+        place = {"va": "top", "transform": panel.transAxes}
+        panel.text(0.03, 0.97, "\n".join(far), fontsize=8, color=GREY, **place)
+        limits = interesting(drawn, [mean for _, mean, *_ in published if mean <= reach])
         if limits:
             panel.set_ylim(limits)
             some_cut = True

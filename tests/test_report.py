@@ -790,16 +790,26 @@ def test_a_picture_says_of_how_many_curves_its_mean_is(tmp_path, drawn):
         if seed < 3:
             path.write_text(json.dumps(early) + "\n" + path.read_text())
     (axes,) = drawn(tmp_path, returns="evaluation").axes
-    assert "(n = 2)" in axes.get_title()
+    assert "(n = 2" in axes.get_title()
     (axes,) = drawn(tmp_path).axes
-    assert "(n = 3)" in axes.get_title()
+    assert "(n = 3" in axes.get_title()
 
 
 def test_one_line_for_the_best_published(tmp_path, drawn):
-    figure = drawn(fakes(tmp_path, ["sac", "ddpg"], ["Hopper-v5"], seeds=(1,)))
+    figure = drawn(fakes(tmp_path, ["sac", "ddpg"], ["Swimmer-v5"], seeds=(1,)))
     lines = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
     heights = [line.get_ydata()[0] for line in lines]
-    assert heights == [rows.best_published("Hopper-v5", [])]
+    assert heights == [rows.best_published("Swimmer-v5", [])]
+
+
+def test_a_published_result_far_above_is_written(tmp_path, drawn):
+    """Its line would leave no room for the curves, which begin at 10 and end at 100."""
+    figure = drawn(fakes(tmp_path, ["sac", "ddpg"], ["Hopper-v5"], seeds=(1,)))
+    (axes,), best = figure.axes, rows.best_published("Hopper-v5", [])
+    assert best > 1000 and axes.get_ylim()[1] < 120
+    assert f"best published of any algorithm: {best:.4g}" in [x.get_text() for x in axes.texts]
+    (legend,) = figure.legends
+    assert "published" not in "".join(text.get_text() for text in legend.get_texts())
 
 
 def test_axes_and_smoothing_of_curves(tmp_path, drawn):
@@ -836,6 +846,14 @@ def test_an_axis_is_cut_only_if_it_says_so(tmp_path, drawn):
         cut = axes.get_ylim()[0] > min(min(line.get_ydata()) for line in axes.lines)
         assert cut == ("cut" in axes.get_title()) == ("Hopper" in axes.get_title())
     assert "Cut: " in figure.texts[-1].get_text()
+
+
+def test_rounding_is_no_range_of_the_axis(tmp_path):
+    """All returns are 1000 but for the first ones, and the last digits of a mean."""
+    steps = np.arange(1.0, 101)
+    curve = np.array([steps, np.where(steps > 5, 1000 + 1e-13 * (steps % 2), 20)])
+    low, high = plots.interesting([curve], [1000.0])
+    assert 900 < low < 1000 - 1 and 1000 + 1 < high < 1100
 
 
 def test_profiles_fit_their_scores(tmp_path, monkeypatch):
