@@ -386,8 +386,8 @@ def main() -> None:
         parser.error(f"no table {', '.join(unknown)}: there are {', '.join(tables)}")
     if options.pairs < 1:
         parser.error("--pairs must be at least 1")
-    if not any(options.only in title for title in ROWS):
-        parser.error(f"--only {options.only}: the rows are {', '.join(ROWS)}")
+    if not any(options.only in title for title in [*ROWS, *SCALING]):
+        parser.error(f"--only {options.only}: the rows are {'; '.join([*ROWS, *SCALING])}")
     for number, name in enumerate(options.tables or tables):
         if number:
             print()
