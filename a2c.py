@@ -31,7 +31,7 @@ Deviations from the paper:
 - With vector observations: on each batch one step of the policy (its gradient is right only for the
   policy that acted: on-policy), but several of the critic; lambda of 0.95; normalised observations
   and scaled rewards as in arXiv:2005.12729, scaled advantages; one std for all observations; no
-  entropy bonus (c2 is 0), which slowed learning. On Atari: DQN's network (Nature, 2015),
+  entropy bonus, as it gains little (arXiv:2006.05990). On Atari: DQN's network (Nature, 2015),
   Baselines' step size; after a lost life, FIRE replaces an action that is still learned from.
 """
 
@@ -92,7 +92,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
-    """Discount factor per step; take below 1 where time limits end episodes, or values diverge."""
+    """Discount factor per step; below 1 where time limits end episodes, or values may diverge."""
     gae_lambda: float = Default(0.95, atari=1.0)
     """Lambda of GAE. 0: V after one reward; 1: V only at the rollout's end; arXiv:1506.02438."""
     num_steps: Count = Default(8, atari=5)

@@ -72,7 +72,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (hidden layers)."""
     gamma: float = 0.99
-    """Discount factor per step; take below 1 where time limits end episodes, or values diverge."""
+    """Discount factor per step; below 1 where time limits end episodes, or values may diverge."""
     buffer_size: Count = 1_000_000
     """Transitions in the replay memory."""
     learning_starts: Count = 10_000

@@ -91,7 +91,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (Atari only)."""
     gamma: float = 0.99
-    """Discount factor per step; take below 1 where time limits end episodes, or values diverge."""
+    """Discount factor per step; below 1 where time limits end episodes, or values may diverge."""
     buffer_size: Count = Default(50_000, atari=1_000_000)
     """Transitions in the replay memory; on Atari a million take 7 GB, in a checkpoint, too."""
     learning_starts: Count = Default(1_000, atari=50_000)

@@ -76,7 +76,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (hidden layers)."""
     gamma: float = 0.99
-    """Discount factor per step; take below 1 where time limits end episodes, or values diverge."""
+    """Discount factor per step; below 1 where time limits end episodes, or values may diverge."""
     gae_lambda: float = 0.95
     """Lambda of GAE. 0: V after one reward; 1: V only at the rollout's end; arXiv:1506.02438."""
     num_steps: Count = 128

@@ -72,7 +72,7 @@ class Args:
     anneal_lr: bool = True
     """Lower the learning rate linearly over the run, to 0 (arXiv:2006.05990, section 3.7)."""
     gamma: float = 0.99
-    """Discount factor per step; take below 1 where time limits end episodes, or values diverge."""
+    """Discount factor per step; below 1 where time limits end episodes, or values may diverge."""
     gae_lambda: float = 0.95
     """Lambda of GAE. 0: V after one reward; 1: V only at the rollout's end; arXiv:1506.02438."""
     num_steps: Count = 256

@@ -70,7 +70,7 @@ class Args:
     anneal_lr: bool = True
     """Lower the learning rates linearly over the run, to 0 at its end."""
     gamma: float = 0.99
-    """Discount factor per step; take below 1 where time limits end episodes, or values diverge."""
+    """Discount factor per step; below 1 where time limits end episodes, or values may diverge."""
     reward_to_go: bool = True
     """Weight each action by the rewards from its step on; if off, by the whole episode's return."""
     baseline: Literal["none", "constant", "optimal", "time", "value"] = "value"

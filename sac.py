@@ -76,7 +76,7 @@ class Args:
     precision: Literal["highest", "medium", "bfloat16"] = "highest"
     """Matrix products: highest (float32), medium (faster, less exact), bfloat16 (hidden layers)."""
     gamma: float = 0.99
-    """Discount factor per step; take below 1 where time limits end episodes, or values diverge."""
+    """Discount factor per step; below 1 where time limits end episodes, or values may diverge."""
     buffer_size: Count = 1_000_000
     """Transitions in the replay memory."""
     learning_starts: Count = 10_000
@@ -92,7 +92,7 @@ class Args:
     alpha: float = 1.0
     """Weight of the entropy: at the start, or with --no-autotune always (first paper: 0.2)."""
     target_entropy: float | None = None
-    """Entropy in nats that a learned alpha aims at; None: -1 per dimension of the actions."""
+    """Entropy in nats, of actions in [-1, 1], that learned alpha aims at; None: -1 a dimension."""
     value_network: bool = False
     """Learn V with its own network (first paper, arXiv:1801.01290; its alpha was fixed, too)."""
     log_frequency: Count = 1000

@@ -80,7 +80,7 @@ class Args:
     npg_step: float | None = None
     """Step size along F^-1 g with --no-line-search, a constant; None: the largest for --max-kl."""
     gamma: float = 0.99
-    """Discount factor per step; take below 1 where time limits end episodes, or values diverge."""
+    """Discount factor per step; below 1 where time limits end episodes, or values may diverge."""
     gae_lambda: float = 0.95
     """Lambda of GAE. 0: V after one reward; 1: V only at the rollout's end; arXiv:1506.02438."""
     num_steps: Count = 64
