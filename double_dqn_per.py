@@ -25,10 +25,10 @@ Deviations from the papers:
 - Weights are divided by the largest of the minibatch; priorities use TD errors without clipping.
 - The loss is the mean over the minibatch, where DQN's code sums, so RMSProp's constant is smaller,
   too: that code divides by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
-- Atari's defaults are tuned Double DQN's, but for a bias for each action and PER's step size.
+- On Atari: "tuned" Double DQN's defaults, but a bias for each action, PER's step size, 10M steps.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss, which does not clip large errors.
-- FIRE comes before no-ops and after lost lives. Epsilon falls from step 1. Evaluation is greedy.
+- Evaluation is greedy. Epsilon falls from step 1. After a lost life, FIRE replaces the action.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class Default:
 class Args:
     # Algorithm
     double: bool = True
-    """The trained network chooses the next action, not the target network, which values it."""
+    """The trained network chooses the next action; the target network only gives its value."""
     prioritized: bool = True
-    """Sample by priority. Without it, Double DQN's --learning-rate on Atari would be 2.5e-4."""
+    """Sample by priority. With --no-prioritized on Atari, give --learning-rate 2.5e-4, too."""
     priority_alpha: float = Default(0.4, atari=0.6)
     """Exponent of the priorities: 0 samples uniformly, 1 in proportion to the TD error."""
     priority_beta: float = 0.4

@@ -23,13 +23,14 @@ Deviations from the paper:
 - The loss is the mean over the minibatch, where the authors' code sums, so RMSProp's constant is
   smaller, too: that code divides by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
 - The target network is copied every 10,000 steps of the agent, as in the authors' code; their table
-  counts gradient steps. Where the table says frames, both codes count steps of the agent.
+  counts gradient steps. Where the table says frames, their code and this count steps of the agent.
 - Epsilon falls from step 1, not from the first gradient step. Atari runs have 10M steps, not 50M.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss: rewards are not clipped there, and
   Huber's loss would limit the effect of rare failures so much that Q grows too high.
-- FIRE, if a game has it, comes before the no-ops and after each lost life. Evaluation is greedy;
-  the paper keeps an epsilon of 0.05.
+- FIRE, if a game has it, comes before the no-ops. After a lost life, FIRE replaces an action that
+  is still learned from, and the stack of frames goes on; the authors' code clears the stack and
+  plays no-ops there. Evaluation is greedy; the paper keeps an epsilon of 0.05.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ Deviations from the paper:
 - As in OpenAI Baselines: the network of DQN (Nature, 2015), orthogonal weights, normalised
   advantages, clipped gradients, a clipped value loss of a quarter of the paper's weight (c1 is 1/2,
   and the loss is half the squared error), 4 epochs instead of 3, and Adam's epsilon of 1e-5.
-- eps does not fall to 0. A minibatch holds all games at random time steps, whoever plays them.
+- In the paper, eps falls to 0; here it stays. A minibatch holds all games at random time steps,
+  whichever process plays them. Evaluation takes the most probable action, not a sampled one.
 - After a lost life, FIRE replaces an action that is still learned from, and the stack of frames
   goes on. A game begins with FIRE and then no-ops; in Baselines, FIRE comes last.
 """
