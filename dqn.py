@@ -23,7 +23,7 @@ Deviations from the paper:
 - The loss is the mean over the minibatch, where the authors' code sums, so RMSProp's constant is
   smaller, too: that code divides by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
 - The target network is copied every 10,000 steps of the agent, as in the authors' code; their table
-  counts gradient steps. Where the table says frames, their code and this count steps of the agent.
+  counts gradient steps. Where the table says frames, that code and this script count agent steps.
 - Epsilon falls from step 1, not from the first gradient step. Atari runs have 10M steps, not 50M.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss: rewards are not clipped there, and

@@ -163,11 +163,11 @@ def test_it_logs_its_health(tmp_path, monkeypatch):
     learn(tmp_path, monkeypatch, "--total-timesteps", 256, reward=reward)
     for line in training(tmp_path):
         assert {f"losses/{name}" for name in names.split()} <= line.keys()
-        assert line["losses/grad_norm"] > 0 and line["losses/approx_kl"] >= 0
+        assert line["losses/grad_norm"] > 0 and line["losses/approx_kl"] > 0
 
 
 def test_minibatches_and_gradients(tmp_path, monkeypatch):
-    """Every transition is in one minibatch of an epoch; advantages there have mean 0 and std 1."""
+    """Four epochs of two; advantages have mean 0 and std 1 in each; gradients are clipped."""
     module, seen, norms = load("ppo_atari"), [], []
     policy_loss, step = module.ppo_policy_loss, torch.optim.Adam.step
 
