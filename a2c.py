@@ -584,7 +584,8 @@ class RMSpropTF(torch.optim.Optimizer):
             mean_squares = [self.state[x]["mean_square"] for x in parameters]
             torch._foreach_mul_(mean_squares, group["alpha"])
             torch._foreach_addcmul_(mean_squares, gradients, gradients, 1 - group["alpha"])
-            roots = torch._foreach_sqrt(torch._foreach_add(mean_squares, group["eps"]))
+            roots = torch._foreach_add(mean_squares, group["eps"])
+            torch._foreach_sqrt_(roots)
             torch._foreach_addcdiv_(parameters, gradients, roots, -group["lr"])
 
 

@@ -23,8 +23,6 @@ proportional form, Schaul et al. 2016, arXiv:1511.05952). --no-double, --no-prio
 Deviations from the papers:
 - A time limit does not end the task: the target uses the value of s' there (arXiv:1712.00378).
 - Weights are divided by the largest of the minibatch; priorities use TD errors without clipping.
-- The loss is the mean over the minibatch, where DQN's code sums, so RMSProp's constant is smaller,
-  too: that code divides by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
 - On Atari: "tuned" Double DQN's defaults, but a bias for each action, PER's step size, 10M steps.
 - With vector observations: a small network, Adam with a learning rate that falls to 0, a target
   network that follows in small steps, and the squared loss, which does not clip large errors.
@@ -547,12 +545,40 @@ def make_q_network(args: Args, obs_shape: tuple[int, ...], num_actions: int) -> 
 
 
 def make_optimizer(args: Args, q_network: nn.Module) -> torch.optim.Optimizer:
-    """Adam, or RMSProp as in Mnih et al. 2015."""
+    """Adam, or RMSProp as in Mnih et al. 2015.
+
+    Their loss is the sum over the minibatch, with an epsilon of 0.01; here it is the mean.
+    """
     parameters, learning_rate = list(q_network.parameters()), args.learning_rate
     if args.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
-    eps = 0.1 / args.batch_size
-    return torch.optim.RMSprop(parameters, lr=learning_rate, alpha=0.95, eps=eps, centered=True)
+    return CentredRMSprop(parameters, learning_rate, alpha=0.95, eps=0.01 / args.batch_size**2)
+
+
+class CentredRMSprop(torch.optim.Optimizer):
+    """RMSProp as in the code of Mnih et al. 2015: a step is lr * gradient / sqrt(var + eps).
+
+    Mean and variance of each gradient are exponential averages. The variance has a recursion of its
+    own, as E[g^2] - E[g]^2 can fall below 0 by rounding. Without a gradient, nothing changes.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, alpha: float, eps: float) -> None:
+        super().__init__(parameters, {"lr": lr, "alpha": alpha, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alpha, eps = group["alpha"], group["eps"]
+            for x in (x for x in group["params"] if x.grad is not None):
+                state = self.state[x]
+                if not state:
+                    state.update(mean=torch.zeros_like(x), var=torch.zeros_like(x))
+                mean, var = state["mean"], state["var"]
+                error = x.grad - mean
+                mean.add_(error, alpha=1 - alpha)
+                var.addcmul_(error, error, value=1 - alpha).mul_(alpha)
+                root = torch.add(var, eps, out=error).sqrt_()  # a new tensor would be slow
+                x.addcdiv_(x.grad, root, value=-group["lr"])
 
 
 @torch.no_grad()

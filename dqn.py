@@ -20,8 +20,6 @@ version, without the second network, is arXiv:1312.5602.
 
 Deviations from the paper:
 - A time limit does not end the task: the target uses the value of s' there (arXiv:1712.00378).
-- The loss is the mean over the minibatch, where the authors' code sums, so RMSProp's constant is
-  smaller, too: that code divides by sqrt(var + 0.01), this script by sqrt(var) + 0.1 / batch_size.
 - The target network is copied every 10,000 steps of the agent, as in the authors' code; their table
   counts gradient steps. Where the table says frames, that code and this script count agent steps.
 - Epsilon falls from step 1, not from the first gradient step. Atari runs have 10M steps, not 50M.
@@ -464,12 +462,40 @@ def make_q_network(args: Args, obs_shape: tuple[int, ...], num_actions: int) -> 
 
 
 def make_optimizer(args: Args, q_network: nn.Module) -> torch.optim.Optimizer:
-    """Adam, or RMSProp as in Mnih et al. 2015."""
+    """Adam, or RMSProp as in Mnih et al. 2015.
+
+    Their loss is the sum over the minibatch, with an epsilon of 0.01; here it is the mean.
+    """
     parameters, learning_rate = list(q_network.parameters()), args.learning_rate
     if args.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
-    eps = 0.1 / args.batch_size
-    return torch.optim.RMSprop(parameters, lr=learning_rate, alpha=0.95, eps=eps, centered=True)
+    return CentredRMSprop(parameters, learning_rate, alpha=0.95, eps=0.01 / args.batch_size**2)
+
+
+class CentredRMSprop(torch.optim.Optimizer):
+    """RMSProp as in the code of Mnih et al. 2015: a step is lr * gradient / sqrt(var + eps).
+
+    Mean and variance of each gradient are exponential averages. The variance has a recursion of its
+    own, as E[g^2] - E[g]^2 can fall below 0 by rounding. Without a gradient, nothing changes.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, alpha: float, eps: float) -> None:
+        super().__init__(parameters, {"lr": lr, "alpha": alpha, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alpha, eps = group["alpha"], group["eps"]
+            for x in (x for x in group["params"] if x.grad is not None):
+                state = self.state[x]
+                if not state:
+                    state.update(mean=torch.zeros_like(x), var=torch.zeros_like(x))
+                mean, var = state["mean"], state["var"]
+                error = x.grad - mean
+                mean.add_(error, alpha=1 - alpha)
+                var.addcmul_(error, error, value=1 - alpha).mul_(alpha)
+                root = torch.add(var, eps, out=error).sqrt_()  # a new tensor would be slow
+                x.addcdiv_(x.grad, root, value=-group["lr"])
 
 
 @torch.no_grad()
