@@ -228,14 +228,15 @@ def draw_profiles(parts: list[list[Row]], path: Path, pdf: bool = False) -> None
             band = stats.profile_band(of, thresholds)
             panel.fill_between(thresholds, *band, color=color, alpha=0.2, lw=0)
         line = panel.axvline(1, color=BLACK, linestyle="--", linewidth=1)
-        panel.set_title(f"{shared[0]} to {shared[-1]}: {len(shared)} environments", fontsize=10)
+        title = f"{len(shared)} environments, from {shared[0]} to {shared[-1]}"
+        panel.set_title(textwrap.fill(title, 56), fontsize=10)
         panel.set_xlabel("normalised score (0: random, 1: best published)")
         panel.set(xlim=(low, high), ylim=(0, 1.02))
         panel.grid(alpha=0.25)
     for panel in axes.flat[len(panels) :]:
         panel.axis("off")
     for panel in axes[:, 0]:
-        panel.set_ylabel("share of runs above the score")
+        panel.set_ylabel("share of runs above it")
     shown["best published of any algorithm"] = line
     add_legend(figure, shown, "Bands: 95 % stratified bootstrap intervals over seeds.")
     save(figure, [row for rows in parts for row in rows], path, pdf)

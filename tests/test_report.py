@@ -868,6 +868,30 @@ def test_profiles_fit_their_scores(tmp_path, monkeypatch):
     plots.pyplot().close(kept[0])
 
 
+def test_titles_of_profiles_are_in_the_picture(tmp_path, monkeypatch):
+    kept, comparable = [], plots.comparable
+    monkeypatch.setattr(plots, "save", lambda figure, *_: kept.append(figure))
+    fakes(tmp_path, ["sac", "ddpg"], ["Hopper-v5", "Walker2d-v5"])
+    found = rows.group([results.read_run(f) for f in results.run_folders([tmp_path])])
+
+    def long_names(rows):
+        scores, shared = comparable(rows)
+        long = {name: f"{name}, without the forces of contacts" for name in shared}
+        scores = {x: {long[name]: envs[name] for name in shared} for x, envs in scores.items()}
+        return scores, [*long.values()]
+
+    monkeypatch.setattr(plots, "comparable", long_names)
+    plots.draw_profiles([found, found], tmp_path / "unused.png")
+    (figure,) = kept
+    figure.canvas.draw()
+    left, right = (panel.title.get_window_extent() for panel in figure.axes)
+    assert figure.bbox.x0 <= left.x0 < left.x1 < right.x0 < right.x1 <= figure.bbox.x1
+    assert right.y1 <= figure.bbox.y1
+    label = figure.axes[0].yaxis.label.get_window_extent()
+    assert not label.overlaps(left) and label.x0 >= 0
+    plots.pyplot().close(figure)
+
+
 def test_pictures_come_as_png_and_pdf(tmp_path):
     fakes(tmp_path / "runs", ["sac", "ddpg"], ["Hopper-v5", "Walker2d-v5"], seeds=(1,))
     words = ["--xaxis", "time", "--smooth", "5", "--returns", "training"]
