@@ -898,7 +898,8 @@ class Run:
                     )
                     break
         if mode == "offline":
-            tqdm.write(f"offline; later: wandb sync {self.dir}/wandb/offline-run-*", sys.stderr)
+            folder = shlex.quote(f"{self.dir}/wandb")
+            tqdm.write(f"offline; later: wandb sync {folder}/offline-run-*", sys.stderr)
         self.wandb.define_metric("global_step")
         self.wandb.define_metric("*", step_metric="global_step")
 
@@ -927,6 +928,7 @@ class Run:
         checkpoint["torch_rng"] = torch.get_rng_state()  # for copies of this script that use it
         with self.writing():
             self.write_whole("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        torch.load(self.dir / "checkpoint.pt", weights_only=True, mmap=True)  # refuses NumPy arrays
 
     def restore(self) -> int:
         """Load the checkpoint; --evaluate omits TRAINING_ONLY parts. Returns its global step."""
@@ -980,7 +982,10 @@ class Run:
 
     def stop_unless_finite(self, metrics: dict[str, float]) -> None:
         """A NaN or infinity ends the run while its last checkpoint is still good."""
-        bad = [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
+        returns = [*self.envs.get_attr("episodic_return"), *(x for x, _ in self.episodes)]
+        sent = {"an observation": self.envs.get_attr("obs"), "a reward": returns}
+        bad = [f"{name} of the environment" for name, x in sent.items() if not np.isfinite(x).all()]
+        bad += [name for name, x in metrics.items() if "_loss" in name and not math.isfinite(x)]
         for name, part in self.state.items():
             tensors = () if name.endswith(self.TRAINING_ONLY) else part.state_dict().values()
             bad += [name for x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
@@ -992,7 +997,7 @@ class Run:
         line = {"global_step": self.global_step, "wall_time": self.wall_time}
         line |= {name: value for name, value in metrics.items() if math.isfinite(value)}
         with self.writing(), open(self.dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, default=float) + "\n")
         if self.wandb:
             self.wandb.log(line)
 

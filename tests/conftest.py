@@ -54,9 +54,9 @@ QUICK["ppo_atari"] = (  # games that end after 100 steps
 )
 FOUND = {path.stem for path in ROOT.glob("*.py")}
 SCRIPTS = sorted(FOUND & {*QUICK, *OURS})
-GAMES = "ppo_atari"  # observes pictures of Atari games alone: test_ppo_atari.py has its probes
-VECTORS = [x for x in SCRIPTS if x != GAMES]
-DISCRETE = {"dqn", "double_dqn_per"}  # scripts that take no continuous actions
+GAMES = {x for x in SCRIPTS if "ALE/" in QUICK.get(x, "")}  # whose probes are test_ppo_atari.py's
+VECTORS = [x for x in SCRIPTS if x not in GAMES]
+DISCRETE = {x for x in VECTORS if "CartPole" in QUICK.get(x, "")}  # take no continuous actions
 ON_POLICY = [x for x in SCRIPTS if x in ("reinforce", "a2c", "ppo_continuous", "trpo")]
 # The infrastructure is the same bytes in every script (test_style.py), so what checks these bytes
 # alone, and neither a script's `state` nor its spaces nor its loop, runs on this one.
@@ -74,7 +74,7 @@ def environ(**extra):
 
 def env_id(script):
     """An environment whose episodes end soon."""
-    if script == GAMES:
+    if script in GAMES:
         return "ALE/Breakout-v5"
     return "CartPole-v1" if script in DISCRETE else "InvertedPendulum-v5"
 

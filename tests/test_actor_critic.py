@@ -66,6 +66,20 @@ def test_soft_value(sac):
     assert actual.tolist() == [1 + 0.5, 3 - 1]
 
 
+@pytest.mark.parametrize("flags", [[], ["--value-network", "--no-autotune"]])
+def test_soft_values_are_of_both_critics(sac, flags, tmp_path, monkeypatch):
+    """In the targets and in the actor's loss: neither the first alone, nor their mean."""
+    soft_value, seen = sac.soft_value, []
+
+    def look(q_values, *rest):
+        seen.append((q_values.shape, (q_values[0] != q_values[-1]).any().item()))
+        return soft_value(q_values, *rest)
+
+    monkeypatch.setattr(sac, "soft_value", look)
+    run("sac", *flags, "--run-dir", tmp_path / "r", module=sac)
+    assert len(seen) >= 200 and set(seen) == {((2, 16), True)}
+
+
 def test_twin_critics_equal_two_separate_ones(sac):
     torch.manual_seed(0)
     twin, obs, actions = sac.TwinCritic(5, 2, False), torch.randn(7, 5), torch.randn(7, 2)

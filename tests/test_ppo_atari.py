@@ -86,6 +86,25 @@ def test_value_of_an_observation(tmp_path, monkeypatch):
     assert values == pytest.approx([0, 1], abs=0.15)
 
 
+@pytest.mark.parametrize("script", ["ppo_atari", "a2c"])
+def test_precision(script):
+    """bfloat16 is left to the hidden layers; logits and values are computed in float32."""
+    module, obs, outputs = load(script), torch.randint(256, (8, 4, 84, 84)).float(), []
+    for bfloat16 in (False, True):
+        torch.manual_seed(0)
+        network = module.AtariActorCritic(4, 6, bfloat16)
+        types = []
+        network.hidden.register_forward_hook(lambda *parts, to=types: to.append(parts[-1].dtype))
+        result = network(obs)
+        logits, values = result[0], result[-1]
+        assert types == [torch.bfloat16 if bfloat16 else torch.float32]
+        outputs.append(torch.cat([logits.flatten(), values.flatten()]))
+        assert outputs[-1].dtype == torch.float32
+        rounded = outputs[-1].bfloat16().float() == outputs[-1]  # as if it came from bfloat16
+        assert rounded.float().mean() < 0.2
+    assert 1e-5 < (outputs[0] - outputs[1]).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("more", ["--no-norm-adv", "--precision bfloat16"])
 def test_an_action_that_depends_on_the_observation(more, tmp_path, monkeypatch):
     def reward(self, action):

@@ -563,6 +563,22 @@ def test_games_that_step_together_step_as_in_turn(q_script):
     assert any(terminations.any() for _, _, terminations in seen[0])
 
 
+def test_every_game_has_its_action_before_one_is_waited_for(q_script, monkeypatch):
+    pytest.importorskip("ale_py")
+    module, calls = load(q_script), []
+    for name in ("send", "step"):
+        method = getattr(module.AtariGame, name)
+
+        def look(game, action, name=name, method=method):
+            calls.append(name)
+            return method(game, action)
+
+        monkeypatch.setattr(module.AtariGame, name, look)
+    envs = module.make_envs(module.Args(env_id="ALE/Breakout-v5", num_envs=3))
+    envs.step(np.zeros(3, int))
+    assert calls[:3] == ["send"] * 3 and calls.count("step") == 3
+
+
 def test_sticky_actions_reach_the_game(q_script):
     pytest.importorskip("ale_py")
     module = load(q_script)

@@ -29,7 +29,7 @@ HUGE = ["--num-steps", 2**16, "--num-minibatches", 1]  # an iteration that takes
 
 
 def long(script):
-    return LONG_GAMES if script == GAMES else LONG
+    return LONG_GAMES if script in GAMES else LONG
 
 
 def start(script, *arguments, quick=True):

@@ -51,7 +51,7 @@ def test_run_folder(script, finished):
     assert about["sha256"] == hashlib.sha256(text).hexdigest()
     assert (folder / f"{script}.py").read_bytes() == text
     assert {"python", "torch", "gymnasium", "numpy"} <= about["versions"].keys()
-    assert script != GAMES or "ale_py" in about["versions"]
+    assert script not in GAMES or "ale_py" in about["versions"]
     assert about["args"]["total_timesteps"] == 512 and about["args"]["gamma"] is not None
     assert {path.name for path in folder.iterdir()} == {
         "args.json",
@@ -133,6 +133,17 @@ def test_evaluate_repeats_the_final_evaluation_and_writes_nothing(script, finish
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     other = run(script, "--evaluate", folder, "--eval-episodes", 3, quick=False)
     assert last_line(other)[2] == "3"
+
+
+def test_evaluate_loads_no_part_of_training_alone(script, finished, tmp_path):
+    """A replay memory takes gigabytes, and is not needed to act."""
+    done, folder = finished(script)
+    shutil.copytree(folder, tmp_path / "r")
+    training_only = ("optimizer", "buffer", "rng")
+    kept = {k: x for k, x in checkpoint(folder).items() if not k.endswith(training_only)}
+    torch.save(kept | {"torch_rng": torch.get_rng_state()}, tmp_path / "r" / "checkpoint.pt")
+    again = run(script, "--evaluate", tmp_path / "r", quick=False)
+    assert last_line(again)[:2] == last_line(done)[:2]
 
 
 def test_same_seed_same_run_and_evaluations_do_not_disturb(script, finished, tmp_path):

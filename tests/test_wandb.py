@@ -17,10 +17,10 @@ def assert_same_numbers(folder, history):
 
 
 def test_offline_run_holds_the_same_numbers(tmp_path):
-    home, folder = tmp_path / "home", tmp_path / "run"
+    home, folder = tmp_path / "home", tmp_path / "a run"
     home.mkdir()
     done = run_process(ONE, "--track", "--run-dir", folder, HOME=str(home), cwd=home)
-    assert f"wandb sync {folder}" in done.stderr
+    assert f"wandb sync '{folder}/wandb'/offline-run-*" in done.stderr
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     config, history = wandb_file.read(path)
     assert config["total_timesteps"] == 512 and config["gamma"] is not None
