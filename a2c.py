@@ -858,17 +858,25 @@ def check_run_args(args: Any) -> None:
     require(args, "evaluate", lambda x: x is None or args.resume is None, "without --resume")
 
 
+def parse_flags(args_class: type, default: Any) -> Any:
+    try:
+        return tyro.cli(args_class, default=default)
+    except BrokenPipeError:  # what read --help, such as head, has enough
+        os._exit(0)
+    except SystemExit as error:
+        raise Stop(error.code) from None
+
+
 def parse_args(args_class: type) -> Any:
     """Read the command line. --resume and --evaluate take most arguments from the run folder."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  daemons may have closed it
-    try:
-        args = tyro.cli(args_class, default=args_class())
-    except BrokenPipeError:  # what read --help, such as head, has enough
-        os._exit(0)
     CLOSING.push(refuse_exit)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=forget_signals)
+    args = parse_flags(args_class, args_class())
     flag, folder = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if folder is None:  # again, as defaults may depend on the environment
-        return tyro.cli(args_class, default=args_class(env_id=args.env_id))
+        return parse_flags(args_class, args_class(env_id=args.env_id))
     try:
         about = json.loads(Path(folder, "args.json").read_text())
         if about["script"] != SCRIPT.name:
@@ -880,7 +888,7 @@ def parse_args(args_class: type) -> Any:
         old = args_class(**{name: about["args"][name] for name in names} | here)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         stop(f"error: {flag} {folder}: not a complete run folder: {error!r}")
-    args = tyro.cli(args_class, default=old)
+    args = parse_flags(args_class, old)
     free = "device torch_threads track capture_video eval_episodes "
     free += "eval_frequency checkpoint_frequency total_timesteps" if args.resume else "seed"
     for name, was in asdict(old).items():
@@ -897,12 +905,16 @@ def stop(message: str, code: int = 2) -> NoReturn:
     """End with one line on stderr. Code 2: the user's mistake, 3: not finite, 128 + n: signal n."""
     with contextlib.suppress(OSError):  # Ctrl-C may have ended its reader, such as tee
         tqdm.write(message, file=sys.stderr)
-    sys.exit(code)
+    raise Stop(code)
+
+
+class Stop(SystemExit):
+    """An end of our own making."""
 
 
 def refuse_exit(kind: Any, error: Any, trace: Any) -> None:
     """Whoever else calls sys.exit(), such as an environment, must not end a run in silence."""
-    if kind is SystemExit and not error.code:
+    if kind is SystemExit:
         raise RuntimeError("something called sys.exit(), such as the environment") from error
 
 
@@ -938,6 +950,12 @@ def setup(args: Any) -> tuple[torch.device, Rng]:
             stop(f"error: --capture-video: cannot render {args.env_id} here: {error!r}")
     torch.set_num_threads(args.torch_threads)
     return device, Rng(np.random.PCG64(args.seed))
+
+
+def forget_signals() -> None:
+    """In a process that an environment has started: it must not answer for the run."""
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches it too, and the run goes on
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what its terminate() sends
 
 
 class Rng(np.random.Generator):
@@ -1114,7 +1132,9 @@ class Run:
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-            way_out = f"free space, then {self.again()}, or name another --run-dir"
+            begun = (self.dir / "args.json").exists()
+            way_out = "free space" + (f", then {self.again()}," if begun else "")
+            way_out += " or name another --run-dir"
             stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
 
     def write_whole(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
@@ -1178,11 +1198,12 @@ class Run:
             self.result = {name: last.get(name, math.nan) for name in names}
         about["args"] = asdict(self.args) | {"resume": None, "evaluate": None}
         metrics = "".join(json.dumps(line) + "\n" for line in lines)
-        if not self.args.resume and not SCRIPT.samefile(self.dir / SCRIPT.name):
-            self.script.truncate(0)
-            self.script.write(SCRIPT.read_bytes())
-            self.script.flush()
         self.write_whole("args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+        text, own_copy = SCRIPT.read_bytes(), self.dir / SCRIPT.name
+        if about["sha256"] == SHA256 and own_copy.read_bytes() != text:  # a resume: if cut short
+            self.script.truncate(0)
+            self.script.write(text)
+            self.script.flush()
         self.write_whole("metrics.jsonl", lambda file: file.write(metrics.encode()))
 
     def start_wandb(self) -> None:
@@ -1360,7 +1381,12 @@ class Run:
         close(self.envs)
         result = f"eval mean_return={mean:.4f} std={std:.4f} episodes={episodes}"
         folder = self.args.run_dir or self.dir.relative_to(os.environ["PWD"])
-        print(f"{result} global_step={self.global_step} run_dir={folder}", flush=True)
+        result += f" global_step={self.global_step} run_dir={folder}"
+        try:
+            print(result, flush=True)
+        except OSError as error:  # a full disk, or a reader that is gone
+            sys.stdout = None  # Python would try to flush it once more
+            stop(f"error: stdout: {error.strerror}: {result}")
 
 
 if __name__ == "__main__":

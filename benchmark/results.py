@@ -38,8 +38,8 @@ SAYING = {"stop", "warn", "require"}
 # What else stands there in every script; what somebody adds may well change the numbers.
 NEUTRAL_PARTS = set(
     """SCRIPT SHA256 LOCKS CLOSING parse_count flag_type Count Json Text require check_run_args
-    parse_args stop refuse_exit warn describe making close Run LeadingRun FollowingRun
-    make_run""".split()
+    parse_flags parse_args stop Stop refuse_exit forget_signals warn describe making close Run
+    LeadingRun FollowingRun make_run""".split()
 )
 
 

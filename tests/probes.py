@@ -458,15 +458,15 @@ class Wandering(Fifty):
 class Quitting(Fifty):
     """Ends the process in one of its methods, as a game does whose window is closed."""
 
-    def __init__(self, where):
-        self.where, self.calls = where, 0
+    def __init__(self, where, code):
+        self.where, self.code, self.calls = where, code, 0
         self.perhaps_quit("make", 0)
 
     def perhaps_quit(self, here, calls):
         if here == self.where:
             self.calls += 1
             if self.calls > calls:
-                sys.exit()
+                sys.exit(self.code)
 
     def reset(self, *, seed=None, options=None):
         self.perhaps_quit("reset", 3)
@@ -502,6 +502,30 @@ class Sleepy(Fifty):
         pathlib.Path(os.environ["SLEEP_MARKER"]).touch()
         time.sleep(60)
         return super().reset(seed=seed, options=options)
+
+
+def answer(pipe):
+    while True:
+        pipe.send(pipe.recv() + 1)
+
+
+class Forking(Fifty):
+    """Its simulator is a process of its own. If `tidy`, close() ends it; else Python does."""
+
+    def __init__(self, tidy=True):
+        context = multiprocessing.get_context("fork")
+        self.tidy, (self.pipe, other) = tidy, context.Pipe()
+        self.process = context.Process(target=answer, args=(other,), daemon=True)
+        self.process.start()
+
+    def reward(self, action):
+        self.pipe.send(0)
+        return float(self.pipe.recv())
+
+    def close(self):
+        if self.tidy:
+            self.process.terminate()
+            self.process.join()
 
 
 class Slow(Fifty):

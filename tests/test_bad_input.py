@@ -13,6 +13,7 @@ import torch
 from conftest import (
     GAMES,
     ONE,
+    ROOT,
     VECTORS,
     checkpoint,
     command,
@@ -245,7 +246,17 @@ def limited(limit, *arguments, quick=True):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("limit", [60_000, 3_000, 100])
+def test_a_disk_that_is_full_after_a_part_of_the_script(tmp_path):
+    """What the message says to do works, and completes the copy."""
+    folder = tmp_path / "r"
+    done = limited(20_000, "--run-dir", folder)
+    assert done.returncode == 2 and f"--resume {folder}" in done.stderr, done.stderr
+    assert (folder / f"{ONE}.py").stat().st_size == 20_000
+    run(ONE, "--resume", folder, quick=False)
+    assert (folder / f"{ONE}.py").read_bytes() == (ROOT / f"{ONE}.py").read_bytes()
+
+
+@pytest.mark.parametrize("limit", [65_000, 3_000, 100])
 def test_a_full_disk(tmp_path, limit):
     """One line, exit code 2, what is there stays whole."""
     folder = tmp_path / "r"
@@ -259,7 +270,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(copied):
     folder = copied(ONE)
     before = (folder / "checkpoint.pt").read_bytes()
     arguments = ["--resume", folder, "--total-timesteps", 1024, "--checkpoint-frequency", 128]
-    done = limited(60_000, *arguments, quick=False)
+    done = limited(65_000, *arguments, quick=False)
     assert done.returncode == 2 and f"--resume {folder}" in done.stderr, done.stderr
     assert (folder / "checkpoint.pt").read_bytes() == before
     run(ONE, *arguments, quick=False)

@@ -168,6 +168,30 @@ def test_environments_are_closed_on_every_way_out(tmp_path):
     assert marker.read_text().count("closed") >= 2
 
 
+@pytest.mark.parametrize("script", ["ppo_continuous", "dqn"])
+@pytest.mark.parametrize("tidy", [True, False])
+def test_an_environment_with_a_process_of_its_own(script, tidy, tmp_path):
+    """A process that it forks has the run's handlers of signals, and must end by SIGTERM."""
+    words = ["--env-id", probe(script, "Forking"), "--env-kwargs", json.dumps({"tidy": tidy})]
+    done = run_process(script, *words, "--run-dir", tmp_path / "r")
+    assert "topp" not in done.stderr and metrics(tmp_path / "r")[-1]["eval/episodic_return"] == 50
+
+
+def test_ctrl_c_leaves_such_a_process_to_its_environment(tmp_path):
+    """A terminal sends it to both; the iteration must be finished, and saved."""
+    folder = tmp_path / "r"
+    words = ["--env-id", "probes:Forking-v0", "--run-dir", folder, "--total-timesteps", 10**7]
+    process = subprocess.Popen(
+        command(ONE, *words, *RARE), start_new_session=True, env=environ(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for_step(process, folder, 128)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err, err
+    assert checkpoint(folder)["global_step"] == metrics(folder)[-1]["global_step"]
+
+
 @pytest.mark.parametrize("script", VECTORS)
 def test_refused_environments_are_closed(script, tmp_path, monkeypatch):
     marker = tmp_path / "closed"
@@ -212,16 +236,18 @@ def test_an_environment_that_goes_to_another_folder(tmp_path, monkeypatch):
     assert not list((tmp_path / "assets").iterdir())
 
 
-def quitting(where):
-    return ["--env-id", "probes:Quitting-v0", "--env-kwargs", json.dumps({"where": where})]
+def quitting(where, code=0):
+    kwargs = json.dumps({"where": where, "code": code})
+    return ["--env-id", "probes:Quitting-v0", "--env-kwargs", kwargs]
 
 
 @pytest.mark.parametrize(
     "where, more", [("step", []), ("step", ["--async-envs"]), ("reset", []), ("make", [])]
 )
-def test_an_environment_that_ends_the_process(tmp_path, where, more):
+@pytest.mark.parametrize("code", [0, 2])  # 2 would look like a mistake of the user's
+def test_an_environment_that_ends_the_process(tmp_path, where, more, code):
     """An error, as if it had raised one."""
-    done = run_process(ONE, *quitting(where), "--run-dir", tmp_path / "r", *more, code=1)
+    done = run_process(ONE, *quitting(where, code), "--run-dir", tmp_path / "r", *more, code=1)
     assert "Traceback" in done.stderr and "called sys.exit()" in done.stderr
     assert "probes.py" in done.stderr
 
@@ -804,6 +830,17 @@ def test_what_reads_the_messages_may_be_gone(tmp_path):
     process.wait(timeout=30)
     assert process.returncode == 143
     assert checkpoint(folder)["global_step"] == metrics(folder)[-1]["global_step"]
+
+
+def test_a_result_that_cannot_be_printed(tmp_path):
+    """One line, exit code 2, and the run is over all the same."""
+    words = command(ONE, "--run-dir", tmp_path / "r")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=environ())
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "steps," not in line]
+    assert line.startswith("error: stdout: No space left on device: eval mean_return=")
+    assert metrics(tmp_path / "r")[-1]["eval/episodes"] == 2
 
 
 def test_a_warning_that_nobody_reads_ends_no_run(tmp_path):
