@@ -357,10 +357,13 @@ def train(args: Args) -> None:
         q_values = critic(obs, actions)
         assert q_values.shape[1:] == targets.shape
         loss = (q_values - targets).square().mean(1).sum()  # eq. 5: of both critics
+        metrics = {"losses/q_values": q_values.detach().mean()}
         if args.value_network:
-            loss = loss + nn.functional.mse_loss(value_network(obs), value_targets)
+            values = value_network(obs)
+            loss = loss + nn.functional.mse_loss(values, value_targets)
+            metrics["losses/values"] = values.detach().mean()
         loss.backward()
-        return {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+        return metrics | {"losses/critic_loss": loss.detach()}
 
     def actor_step(obs, noise):
         """The same for actor and alpha; the critics stay as they are."""
@@ -372,11 +375,8 @@ def train(args: Args) -> None:
         if args.autotune:
             alpha_loss = alpha * (entropy - target_entropy)  # eq. 18
             alpha_loss.backward()
-        return {
-            "losses/actor_loss": loss.detach(),
-            "losses/entropy": entropy,
-            "losses/alpha": alpha.detach(),
-        }
+        metrics = {"losses/actor_loss": loss.detach(), "losses/entropy": entropy}
+        return metrics | {"losses/alpha": alpha.detach()}
 
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph

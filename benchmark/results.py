@@ -69,13 +69,16 @@ MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 # PPO_ATARI: how those of several processes end that have nothing to evaluate; no run had several.
 # A2C and the DQNs: on vectors, they refuse two flags for games, which no run on vectors had. Then
 # A2C's RMSProp took less memory (the same bit for bit), and the DQNs', which no run used, is new.
+# SAC: logs V with --value-network; with it, without it and compiled: the same bit for bit.
 PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
 PPO_ATARI = "94a84627281a112c592fe14754ffb6440abf40862ce14982f6d6df9ee7b53310"
 A2C = "cbfa11119533db83bd3fe7a44f9906177e1020d2c4fcdc513dc5ad3d8c93e543"
 DOUBLE_DQN_PER = "c74b9cf2d35d956fbcc7e9954da85e0e9305549245f42e42f8786f5ac9fd76c5"
 DQN = "148aa776254a939072744ef6c99d343e435183c7eeda0c97a6e427067b6353e8"
+SAC = "ba8db5d13bff14439f54b96fadf5184fcfd384913fbfdc5fdd4d6cddc1d25777"
 REINFORCE = "8b339d9cfade90d3cb3bfc0a1c0623f6a37f9528aacb392d35a47582cc63fdeb"
 SAME = {
+    "ed6b5f5547b6c8aaa3e72bd861bb5b69f197b24608c706b0431f736808a39575": SAC,
     "1705030d7ac145ea359754dbeedaf68e5e0a32d37971eda718ab79cf64e76365": PPO,
     "dac62ec640b26b5863707a286ff499ee0ab8c5038bc4468f5493fbc392fdc4b5": PPO,
     "aee5aed815c815781aaed8a276ebcd036dfa35b151d578425c2e1423408e09ec": PPO,

@@ -247,8 +247,11 @@ def test_a_time_limit_bootstraps(script, tmp_path):
 
 
 def test_the_value_network_bootstraps_too(tmp_path):
-    assert learn("sac", tmp_path / "a", "Forever", "--value-network") > 6
-    assert 2 < learn("sac", tmp_path / "b", "Ending", "--value-network") < 4.3
+    q_forever = learn("sac", tmp_path / "a", "Forever", "--value-network")
+    q_ending = learn("sac", tmp_path / "b", "Ending", "--value-network")
+    assert q_forever > 6 and 2 < q_ending < 4.3
+    v_forever, v_ending = (training(tmp_path / x)[-1]["losses/values"] for x in "ab")
+    assert v_forever == pytest.approx(q_forever, rel=0.2) and 2 < v_ending < 4.3
     assert "last.weight" in checkpoint(tmp_path / "a")["target_network"]
 
 
