@@ -517,7 +517,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One game."""
     with making(args):
         import ale_py  # noqa: F401  registers the games
-        name = args.env_id.removeprefix("ALE/").split("NoFrameskip")[0].split("-v")[0]
+        name = args.env_id.split("NoFrameskip")[0].split("Deterministic")[0].split("-v")[0]
         if not args.env_id.startswith("ALE/"):
             game = name if f"ALE/{name}-v5" in gym.registry else "Pong"
             raise gym.error.NameNotFound(f"this script plays games, such as ALE/{game}-v5")
@@ -567,6 +567,7 @@ def check_run_args(args: Any) -> None:
     """Check the arguments that every script has. Raises: ValueError."""
     counts = "total_timesteps num_envs eval_episodes torch_threads"
     require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "torch_threads", lambda x: x <= 1024, "at most 1024")
     require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
     require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
     require(args, "env_kwargs", lambda x: isinstance(x, dict), "a JSON object")

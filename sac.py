@@ -633,6 +633,7 @@ def check_run_args(args: Any) -> None:
     """Check the arguments that every script has. Raises: ValueError."""
     counts = "total_timesteps num_envs eval_episodes torch_threads"
     require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "torch_threads", lambda x: x <= 1024, "at most 1024")
     require(args, "checkpoint_frequency eval_frequency", lambda x: x >= 0, "0 or more")
     require(args, "seed", lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")
     require(args, "env_kwargs", lambda x: isinstance(x, dict), "a JSON object")

@@ -57,6 +57,7 @@ BAD_ARGUMENTS = [
     ("--total-timesteps 1.5", ["--total-timesteps"]),
     ("--gamma 1.5", ["--gamma", "between 0 and 1", "1.5"]),
     ("--gamma nan", ["--gamma"]),
+    ("--torch-threads 1e13", ["--torch-threads", "at most 1024"]),
     ("--learning-rate nan", ["--learning-rate"]),
     ("--learning-rate 0", ["--learning-rate"]),
     ("--seed -1", ["--seed"]),

@@ -313,6 +313,7 @@ def test_freeway_has_no_fire():
         ("--env-id CartPole-v1", "error: --env-id CartPole-v1"),
         ("--env-id ALE/Pongg-v5", "Did you mean: `Pong`"),
         ("--env-id PongNoFrameskip-v4", "ALE/Pong-v5"),
+        ("--env-id BreakoutDeterministic-v4", "ALE/Breakout-v5"),
         ("--env-id Breakout-v5", "ALE/Breakout-v5"),
         ("--num-minibatches 7", "a divisor of num_steps = 64"),
         ("--sticky-actions 2", "--sticky-actions"),
