@@ -951,7 +951,7 @@ class Run:
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-            begun = (self.dir / "args.json").exists()
+            begun = os.path.exists(self.dir / "args.json")  # False, too, if the name is too long
             way_out = "free space" + (f", then {self.again()}," if begun else "")
             way_out += " or name another --run-dir"
             stop(f"error: cannot write {self.dir}: {error.__context__ or error}: {way_out}")
