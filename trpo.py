@@ -384,8 +384,7 @@ def train(args: Args) -> None:
 
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
-        # Not policy_step: torch.compile has no second derivatives, which F v needs.
-        critic_step = torch.compile(critic_step, fullgraph=True)
+        critic_step = torch.compile(critic_step, fullgraph=True)  # no second derivatives: not F v
     state = {"actor": actor, "critic": critic, "critic_optimizer": critic_optimizer, "rng": rng}
     state |= {"obs_normalizer": obs_normalizer, "reward_scaler": reward_scaler}
     run = Run(args, device, envs, state, deterministic_policy)

@@ -44,7 +44,7 @@ LINES = {
     "double_dqn_per": 1312,
     "a2c": 1395,
     "reinforce": 1213,
-    "trpo": 1293,
+    "trpo": 1292,
     "ppo_atari": 1303,
 }  # in all; others at most 1195
 COMMON_FLAGS = """env_id seed total_timesteps num_envs device torch_threads compile run_dir track
