@@ -860,6 +860,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_flags(args_class: type, default: Any) -> Any:
+    """The arguments as tyro reads them; help and mistakes end here, as they should."""
     try:
         return tyro.cli(args_class, default=default)
     except BrokenPipeError:  # what read --help, such as head, has enough

@@ -558,8 +558,8 @@ def make_optimizer(args: Args, q_network: nn.Module) -> torch.optim.Optimizer:
 class CentredRMSprop(torch.optim.Optimizer):
     """RMSProp as in the code of Mnih et al. 2015: a step is lr * gradient / sqrt(var + eps).
 
-    Mean and variance of each gradient are exponential averages. The variance has a recursion of its
-    own, as E[g^2] - E[g]^2 can fall below 0 by rounding. Without a gradient, nothing changes.
+    Mean and variance of each gradient are exponential averages. The variance has its own recursion:
+    torch.optim.RMSprop's E[g^2] - E[g]^2 can fall below 0 by rounding, whose root is NaN.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, alpha: float, eps: float) -> None:
@@ -777,6 +777,7 @@ def check_run_args(args: Any) -> None:
 
 
 def parse_flags(args_class: type, default: Any) -> Any:
+    """The arguments as tyro reads them; help and mistakes end here, as they should."""
     try:
         return tyro.cli(args_class, default=default)
     except BrokenPipeError:  # what read --help, such as head, has enough

@@ -302,41 +302,28 @@ def test_every_baseline_learns(baseline, tmp_path):
     assert ("losses/value_loss" in training(tmp_path / "r")[0]) == (baseline == "value")
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """With what reinforce.py weights the actions, update by update."""
-    module, found = load("reinforce"), []
-    loss = module.policy_gradient_loss
-    monkeypatch.setattr(
-        module,
-        "policy_gradient_loss",
-        lambda log_probs, x: (found.append(x), loss(log_probs, x))[1],
-    )
-    return found
-
-
-def test_without_reward_to_go_an_action_is_weighted_by_the_whole_return(tmp_path, seen):
+def test_without_reward_to_go_an_action_is_weighted_by_the_whole_return(tmp_path, weights):
     words = ["--env-id", "probes:Ending-v0", "--baseline", "none", "--no-norm-adv", "--gamma", 1]
     words += ["--total-timesteps", 10, "--env-kwargs", "{}"]
     run("reinforce", *words, "--run-dir", tmp_path / "a")
     run("reinforce", *words, "--run-dir", tmp_path / "b", "--no-reward-to-go")
-    assert seen[0][:, 0].tolist() == [5, 4, 3, 2, 1] and seen[1][:, 0].tolist() == [5] * 5
+    assert weights[0][:, 0].tolist() == [5, 4, 3, 2, 1] and weights[1][:, 0].tolist() == [5] * 5
 
 
-def test_advantages_keep_their_mean(tmp_path, seen):
+def test_advantages_keep_their_mean(tmp_path, weights):
     """Subtracting it would be a baseline; all rewards are 1 here, so that their scale is left."""
     run("reinforce", "--env-id", "probes:Ending-v0", "--baseline", "none", "--gamma", 1,
         "--total-timesteps", 10, "--env-kwargs", "{}", "--run-dir", tmp_path / "r")  # fmt: skip
     expected = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-    torch.testing.assert_close(seen[0][:, 0], expected / 11**0.5)  # the mean square is 11
+    torch.testing.assert_close(weights[0][:, 0], expected / 11**0.5)  # the mean square is 11
 
 
-def test_the_wait_after_an_episode_does_not_count_in_the_scale(tmp_path, seen):
+def test_the_wait_after_an_episode_does_not_count_in_the_scale(tmp_path, weights):
     """Episodes of random length with positive returns: 0 is the wait, and the rest has scale 1."""
     run("reinforce", "--env-id", "probes:Counting-v0", "--baseline", "none", "--num-envs", 5,
         "--total-timesteps", 60, "--env-kwargs", "{}", "--run-dir", tmp_path / "r")  # fmt: skip
-    assert any((x == 0).any() for x in seen)
-    for advantages in seen:
+    assert any((x == 0).any() for x in weights)
+    for advantages in weights:
         assert advantages[advantages > 0].square().mean().item() == pytest.approx(1, rel=1e-4)
 
 

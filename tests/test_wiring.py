@@ -189,27 +189,14 @@ def test_the_critic_learns_from_all_transitions(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "baseline, name", [("constant", "Ending"), ("time", "Ending"), ("value", "Counting")]
 )
-def test_baselines_of_the_whole_return(baseline, name, tmp_path, seen):
+def test_baselines_of_the_whole_return(baseline, name, tmp_path, weights):
     """Without reward to go, all of an episode's actions have the same weight and baseline."""
     words = ["--env-id", f"probes:{name}-v0", "--env-kwargs", "{}", "--num-envs", 5, "--gamma", 1]
     words += ["--no-reward-to-go", "--no-norm-adv", "--total-timesteps", 60]
     run("reinforce", *words, "--baseline", baseline, "--run-dir", tmp_path / "r")
-    for episode in [episode for x in seen for episode in x.T]:
+    for episode in [episode for x in weights for episode in x.T]:
         of_steps = episode[episode != 0]
         assert len(of_steps) == 0 if name == "Ending" else of_steps.std(correction=0) < 1e-5
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """As in test_policy_gradient.py."""
-    module, found = load("reinforce"), []
-    loss = module.policy_gradient_loss
-    monkeypatch.setattr(
-        module,
-        "policy_gradient_loss",
-        lambda log_probs, x: (found.append(x), loss(log_probs, x))[1],
-    )
-    return found
 
 
 @pytest.mark.parametrize("anneals", ["--anneal-lr", "--no-anneal-lr"])
