@@ -1205,7 +1205,6 @@ class Run:
         try:
             print(result, flush=True)
         except OSError as error:  # a full disk, or a reader that is gone
-            sys.stdout = None  # Python would try to flush it once more
             stop(f"error: stdout: {error.strerror}: {result}")
 
 
