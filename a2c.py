@@ -638,7 +638,8 @@ class ObsNormalizer(RunningMoments):
 class RewardScaler(RunningMoments):
     """Divides rewards by the running std of discounted returns, then clips to [-10, 10].
 
-    Subtracting a mean would change which behaviour is best. Shapes: rewards (T, N) -> the same.
+    Subtracting a mean would change which behaviour is best. If returns hardly vary, it divides by
+    their mean's size: the clip would make all rewards the same. Shapes: rewards (T, N) -> the same.
     """
 
     def __init__(self, num_envs: int, gamma: float) -> None:
@@ -656,7 +657,8 @@ class RewardScaler(RunningMoments):
 
     @property
     def scale(self) -> Tensor:
-        return (self.var + 1e-8).sqrt()
+        std, size = (self.var + 1e-8).sqrt(), self.mean.abs()
+        return torch.where(std > size / 10, std, size)
 
     def forward(self, rewards: Tensor) -> Tensor:
         return (rewards / self.scale).clamp(-10, 10)

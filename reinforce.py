@@ -529,11 +529,15 @@ class ObsNormalizer(RunningMoments):
 
 
 class ReturnScaler(RunningMoments):
-    """The unit in which the critic learns: the running std of returns, or 1 if never updated."""
+    """The unit in which the critic learns: the running std of returns, or 1 if never updated.
+
+    If returns hardly vary, it is the size of their mean: the critic would learn huge numbers.
+    """
 
     @property
     def scale(self) -> Tensor:
-        return (self.var + 1e-8).sqrt()
+        std, size = (self.var + 1e-8).sqrt(), self.mean.abs()
+        return torch.where(std > size / 10, std, size)
 
 
 def make_envs(args: Args) -> VectorEnv:

@@ -73,6 +73,12 @@ class Forever(Probe):
     length, truncates = 5, True
 
 
+class Always(Forever):
+    """The same, cut after every step: no return differs from another."""
+
+    length = 1
+
+
 class Ending(Forever):
     """Its twin, which ends for good after the same 5 steps: V at most 1 + gamma + ... + gamma^4."""
 
@@ -114,6 +120,13 @@ class Target(Probe):
 
     def reward(self, action):
         return -float((action[0] - 4.5) ** 2 + ((action[1] + 7) / 4) ** 2)
+
+
+class Offset(Probe):
+    """Reward 100, less at most 2: the best action is 0.5."""
+
+    def reward(self, action):
+        return 100 - float((action[0] - 0.5) ** 2)
 
 
 class ObservedTarget(ObservedValue):
@@ -539,6 +552,7 @@ class Slow(Fifty):
 for probe in [
     Probe,
     *Probe.__subclasses__(),
+    Always,
     Ending,
     Both,
     ObservedTarget,

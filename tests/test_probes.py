@@ -17,6 +17,7 @@ OWN = {
     "reinforce": "--num-envs 64 --learning-rate 0.01 --critic-learning-rate 0.01 "
     "--critic-steps 10 --critic-batch-size 64 --no-norm-returns --log-std-init -1",
 }
+SCALED = {script: "--norm-reward" for script in ON_POLICY} | {"reinforce": "--norm-returns"}
 each = pytest.mark.parametrize("script", ON_POLICY)
 
 
@@ -49,6 +50,21 @@ def test_constant_value(script, tmp_path):
 
 
 @each
+@pytest.mark.parametrize("probe, value", [("Probe", 1), ("Always", 10)])
+def test_returns_that_do_not_vary_can_be_normalised(script, probe, value, tmp_path):
+    """Their std is 0. Reward 1 in one step, which ends the task; or which a time limit cuts."""
+    assert learn(tmp_path, probe, SCALED[script], script=script) == pytest.approx(value, rel=0.1)
+
+
+@each
+def test_returns_that_hardly_vary_can_be_normalised(script, tmp_path):
+    """What differs between rewards is a hundredth of them, and must not be clipped away."""
+    small = ["--small-adv", "0"] if script == "trpo" else []
+    learn(tmp_path, "Offset", SCALED[script], *small, script=script)
+    assert metrics(tmp_path)[-1]["eval/episodic_return"] > 99.95
+
+
+@each
 def test_value_loss_is_half_the_squared_error(script, tmp_path):
     """Before the only step of the critic: every return is 1, and every observation the same."""
     own = {
@@ -78,8 +94,7 @@ def test_discounting(script, tmp_path):
 def test_a_time_limit_bootstraps_in_the_others_too(script, tmp_path):
     """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9) = 10, normalised or not."""
     assert learn(tmp_path / "a", "Forever", script=script) == pytest.approx(10, abs=0.7)
-    scaled = "--norm-returns" if script == "reinforce" else "--norm-reward"
-    value = learn(tmp_path / "b", "Forever", scaled, "--norm-obs", script=script)
+    value = learn(tmp_path / "b", "Forever", SCALED[script], "--norm-obs", script=script)
     assert value == pytest.approx(10, abs=1)
 
 
