@@ -123,7 +123,7 @@ class Target(Probe):
 
 
 class Offset(Probe):
-    """Reward 100, less at most 2: the best action is 0.5."""
+    """Reward 100, less at most 2.25: the best action is 0.5."""
 
     def reward(self, action):
         return 100 - float((action[0] - 0.5) ** 2)

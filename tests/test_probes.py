@@ -56,9 +56,9 @@ def test_returns_that_do_not_vary_can_be_normalised(script, probe, value, tmp_pa
     assert learn(tmp_path, probe, SCALED[script], script=script) == pytest.approx(value, rel=0.1)
 
 
-@each
+@pytest.mark.parametrize("script", ["ppo_continuous", "a2c", "trpo"])  # what clips
 def test_returns_that_hardly_vary_can_be_normalised(script, tmp_path):
-    """What differs between rewards is a hundredth of them, and must not be clipped away."""
+    """What differs between rewards is a fiftieth of them or less, and must not be clipped away."""
     small = ["--small-adv", "0"] if script == "trpo" else []
     learn(tmp_path, "Offset", SCALED[script], *small, script=script)
     assert metrics(tmp_path)[-1]["eval/episodic_return"] > 99.95
