@@ -71,8 +71,8 @@ MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 # A2C's RMSProp took less memory (the same bit for bit), and the DQNs', which no run used, is new.
 # SAC: logs V with --value-network; with it, without it and compiled: the same bit for bit.
 # PPO, A2C, TRPO, REINFORCE: another scale of rewards where the std of returns is below a tenth of
-# their mean. In the beginnings of runs it was 0.23 of it or more, at the end of 30 runs of a million
-# steps 0.27 or more; and the same reward in each of 1,000 steps makes it 0.22.
+# their mean. In the beginnings of runs it was 0.23 of it or more, in the checkpoints of 30 longer
+# ones 0.27 or more; and the same reward in each of 1,000 steps makes it 0.22.
 PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
 PPO_ATARI = "94a84627281a112c592fe14754ffb6440abf40862ce14982f6d6df9ee7b53310"
 A2C = "cbfa11119533db83bd3fe7a44f9906177e1020d2c4fcdc513dc5ad3d8c93e543"
