@@ -73,11 +73,14 @@ MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 # PPO, A2C, TRPO, REINFORCE: another scale of rewards where the std of returns is below a tenth of
 # their mean. In the beginnings of runs it was 0.23 of it or more, in the checkpoints of 30 longer
 # ones 0.27 or more; and the same reward in each of 1,000 steps makes it 0.22.
+# All: discrete actions reach the environment in the dtype of its space, which of all these
+# environments is the one that they had.
 PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
 PPO_ATARI = "94a84627281a112c592fe14754ffb6440abf40862ce14982f6d6df9ee7b53310"
 A2C = "cbfa11119533db83bd3fe7a44f9906177e1020d2c4fcdc513dc5ad3d8c93e543"
 DOUBLE_DQN_PER = "c74b9cf2d35d956fbcc7e9954da85e0e9305549245f42e42f8786f5ac9fd76c5"
 DQN = "148aa776254a939072744ef6c99d343e435183c7eeda0c97a6e427067b6353e8"
+DDPG = "8f934c3beb5e75cb1bc0cf81affdc52a7a5bc2329a57a3ab4c90f960a99ffc81"
 SAC = "ba8db5d13bff14439f54b96fadf5184fcfd384913fbfdc5fdd4d6cddc1d25777"
 REINFORCE = "8b339d9cfade90d3cb3bfc0a1c0623f6a37f9528aacb392d35a47582cc63fdeb"
 TRPO = "0b8b7046ef232f48f34291f1e448edeec15ff99df694e4a9e8c53f5bf18f373b"
@@ -95,6 +98,15 @@ SAME = {
     "a3309cc75b4a9e2869c261dc08717480cc8286024bd659614baaef0b049b68ef": A2C,
     "c49eb1f63c781d01e67310b9798873bb49866c0dbca1e984d042caff912d38b0": TRPO,
     "cc5137c475c150e3cb0dbd9820cd0ccee84f50897633b9a24e86e3f8f41d7584": REINFORCE,
+    "901cc25872e84349404b65e77ddb2f7bbe360432a28627cc2ed14b38ed2b100f": A2C,
+    "bf83b1a7ce0d0e38f31634a25efa9730110a19ef36ac5df27fb2a569c9c08cc7": DDPG,
+    "3f4ea8bfbbb291d568468ae048de9629e4ad71e276c4ccf7d4074d1c8d9e30c9": DOUBLE_DQN_PER,
+    "36c6f53c4fd565bed4c7a94112cd9ad005a29060042ecb9963082e729d010d84": DQN,
+    "3aa14f10a3bd19fcbcff84e9ccc25a1bd82c6a8d78038aac7146ecbaf00dd10a": PPO,
+    "06dc4fc71851864106563ccccb7b324caf6726a82f11dcb156b4a32dd1ccbc77": PPO_ATARI,
+    "54c0154456f8e81906f7f1183a4eee7ed765a8bf85808e6476f877edb7aa83b3": REINFORCE,
+    "a7368c79455f3970d0161be6d2fb46e876ab8681a2a5e7d70f8eef7513cf9245": SAC,
+    "36fcaba3dd8a829e7667f66e7817fa43df86ede83e15b5518e8ad9d764b01752": TRPO,
 }
 
 

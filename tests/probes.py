@@ -288,6 +288,12 @@ class Choice(ObservedValue):
         return -float(abs(action - self.value))
 
 
+class Small(Choice):
+    """Takes actions of one byte, and no larger ones."""
+
+    action_space = Discrete(3, start=-1, dtype=np.int8)
+
+
 class Reseeding(Fifty):
     """Seeds the global generators in every reset, as some simulators do."""
 
@@ -562,6 +568,7 @@ for probe in [
     BrokenReset,
     CrashingOnce,
     Choice,
+    Small,
     Gallery,
     *Fifty.__subclasses__(),
     *Drawn.__subclasses__(),

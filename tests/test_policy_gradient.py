@@ -360,10 +360,11 @@ def test_a2c_divides_advantages_by_their_std_over_the_run(a2c, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("script", ["a2c", "reinforce", "trpo"])
-def test_discrete_actions_that_start_anywhere(script, tmp_path):
-    """All these scripts take discrete actions, too."""
+@pytest.mark.parametrize("name", ["Choice", "Small"])
+def test_discrete_actions_that_start_anywhere(script, name, tmp_path):
+    """All these scripts take discrete actions, too, and in the dtype of their space."""
     words = "--num-envs 16 --total-timesteps 12800 --eval-episodes 5 --env-kwargs {}".split()
-    run(script, "--env-id", "probes:Choice-v0", "--run-dir", tmp_path / "r", *words)
+    run(script, "--env-id", f"probes:{name}-v0", "--run-dir", tmp_path / "r", *words)
     assert metrics(tmp_path / "r")[-1]["eval/episodic_return"] > -0.1
 
 

@@ -345,6 +345,12 @@ def test_best_action_depends_on_the_observation(q_script, tmp_path, extra):
     assert metrics(tmp_path)[-1]["eval/episodic_return"] == 0
 
 
+def test_actions_have_the_dtype_of_their_space(q_script, tmp_path):
+    """In processes of their own and in an evaluation, too; the environment refuses larger ones."""
+    learn(q_script, tmp_path, "Small", "--async-envs", "--total-timesteps", 128)
+    assert metrics(tmp_path)[-1]["eval/episodes"] == 2
+
+
 @pytest.mark.parametrize("extra", [["--no-double"], ["--no-prioritized"]])
 def test_ablations_learn(tmp_path, extra):
     assert learn("double_dqn_per", tmp_path, "DiscreteForever", *extra) == pytest.approx(10, abs=1)
