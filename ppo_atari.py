@@ -37,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.util
 import io
@@ -640,6 +641,7 @@ def refuse_exit(kind: Any, error: Any, trace: Any) -> None:
         raise RuntimeError("something called sys.exit(), such as the environment") from error
 
 
+@functools.cache  # each line once, though every episode may cause it
 def warn(message: str) -> None:
     with contextlib.suppress(OSError):
         tqdm.write(f"warning: {message}", file=sys.stderr)

@@ -35,6 +35,7 @@ Deviations from the paper (Williams 1992):
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -742,6 +743,7 @@ def refuse_exit(kind: Any, error: Any, trace: Any) -> None:
         raise RuntimeError("something called sys.exit(), such as the environment") from error
 
 
+@functools.cache  # each line once, though every episode may cause it
 def warn(message: str) -> None:
     with contextlib.suppress(OSError):
         tqdm.write(f"warning: {message}", file=sys.stderr)

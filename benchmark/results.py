@@ -74,7 +74,7 @@ MAINS = {dump(ast.parse(MAIN + call).body[0]) for call in CALLS}
 # their mean. In the beginnings of runs it was 0.23 of it or more, in the checkpoints of 30 longer
 # ones 0.27 or more; and the same reward in each of 1,000 steps makes it 0.22.
 # All: discrete actions reach the environment in the dtype of its space, which of all these
-# environments is the one that they had.
+# environments is the one that they had; and each warning comes once.
 PPO = "8004ae868e6502342650e7e2b57105e6b814b40833ece42e7024429c881c9bf2"
 PPO_ATARI = "94a84627281a112c592fe14754ffb6440abf40862ce14982f6d6df9ee7b53310"
 A2C = "cbfa11119533db83bd3fe7a44f9906177e1020d2c4fcdc513dc5ad3d8c93e543"
@@ -98,15 +98,15 @@ SAME = {
     "a3309cc75b4a9e2869c261dc08717480cc8286024bd659614baaef0b049b68ef": A2C,
     "c49eb1f63c781d01e67310b9798873bb49866c0dbca1e984d042caff912d38b0": TRPO,
     "cc5137c475c150e3cb0dbd9820cd0ccee84f50897633b9a24e86e3f8f41d7584": REINFORCE,
-    "901cc25872e84349404b65e77ddb2f7bbe360432a28627cc2ed14b38ed2b100f": A2C,
-    "bf83b1a7ce0d0e38f31634a25efa9730110a19ef36ac5df27fb2a569c9c08cc7": DDPG,
-    "3f4ea8bfbbb291d568468ae048de9629e4ad71e276c4ccf7d4074d1c8d9e30c9": DOUBLE_DQN_PER,
-    "36c6f53c4fd565bed4c7a94112cd9ad005a29060042ecb9963082e729d010d84": DQN,
-    "3aa14f10a3bd19fcbcff84e9ccc25a1bd82c6a8d78038aac7146ecbaf00dd10a": PPO,
-    "06dc4fc71851864106563ccccb7b324caf6726a82f11dcb156b4a32dd1ccbc77": PPO_ATARI,
-    "54c0154456f8e81906f7f1183a4eee7ed765a8bf85808e6476f877edb7aa83b3": REINFORCE,
-    "a7368c79455f3970d0161be6d2fb46e876ab8681a2a5e7d70f8eef7513cf9245": SAC,
-    "36fcaba3dd8a829e7667f66e7817fa43df86ede83e15b5518e8ad9d764b01752": TRPO,
+    "8eec9614911b13c04f7f5ca21382fe776da1f555138a8aa7ef5bf70870d3791a": A2C,
+    "2a7513375d5b4c556213dd7c730d9ae303664941a1821403205152e539763fca": DDPG,
+    "e6f824d23f5ea0241cdf7fa4da79ea49682af41cb5ab250cb77fa40dba314487": DOUBLE_DQN_PER,
+    "f42960256d2d14b090bc5b74acdb89322b50c4c6c42edf0dd71060bddd44d307": DQN,
+    "bef716f16880667436ad0ec3ac320227d301e246136801d181356cbc06986185": PPO,
+    "2ce344062ed468257fb8206a5cfd4adbc45ade7675274e429887d9603ee9a4ac": PPO_ATARI,
+    "4fe9096350628072947896f28bfcdb0431456e32f33db424cec5cb7dd9e5d3b8": REINFORCE,
+    "bc8768e7ea737bc31ba6db89f71c4fb7d7116f2c55007eb0fc2e01a69baa643c": SAC,
+    "e0d0b87e6e1fa7b31468b27aa4822c067994c39fa12d8d6c2751215933cc9440": TRPO,
 }
 
 

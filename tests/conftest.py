@@ -123,6 +123,7 @@ def run(script, *arguments, quick=True, code=0, module=None):
             returncode = 1
         finally:
             module.CLOSING.close()
+            getattr(module.warn, "cache_clear", bool)()  # the next run says everything again
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     done = SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), returncode=returncode)

@@ -62,7 +62,7 @@ def test_rewards_in_arrays_and_seeds_of_31_bits(script, tmp_path):
 def test_an_observation_that_is_not_finite_at_a_termination(script, tmp_path):
     """Its value does not count, so that it spoils nothing; but it is said."""
     done = go(script, "FallingApart", tmp_path / "r")
-    assert "observation that is not finite" in done.stderr
+    assert done.stderr.count("observation that is not finite") == 1  # not for every episode
     assert metrics(tmp_path / "r")[-1]["eval/episodic_return"] == 50
 
 
