@@ -220,8 +220,7 @@ class ActionNoise:
 # ---- Buffer and training -------------------------------------------------------------------------
 
 
-# Transitions for one gradient step: tensors (B, ...).
-Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")  # tensors (B, ...)
 
 
 class TransitionBuffer:

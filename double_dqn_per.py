@@ -246,8 +246,7 @@ def importance_weights(probabilities: Tensor, beta: float) -> Tensor:
 # ---- Buffer and training -------------------------------------------------------------------------
 
 
-# Transitions for one gradient step: tensors (B, ...).
-Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")  # tensors (B, ...)
 
 
 class PrioritizedReplayBuffer:

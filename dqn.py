@@ -220,8 +220,7 @@ def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma:
 # ---- Buffer and training -------------------------------------------------------------------------
 
 
-# Transitions for one gradient step: tensors (B, ...).
-Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")  # tensors (B, ...)
 
 
 class ReplayBuffer:

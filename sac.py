@@ -258,8 +258,7 @@ def soft_value(q_values: Tensor, log_probs: Tensor, alpha: Tensor) -> Tensor:
 # ---- Buffer and training -------------------------------------------------------------------------
 
 
-# Transitions for one gradient step: tensors (B, ...).
-Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")  # tensors (B, ...)
 
 
 class TransitionBuffer:

@@ -233,9 +233,7 @@ def kl_divergence(old: Policy, new: Policy) -> Tensor:
     return (old_log_probs.exp() * (old_log_probs - new.log_softmax(-1))).sum(-1)
 
 
-def fisher_vector_product(
-    kl_gradient: Tensor, parameters: list[nn.Parameter], vector: Tensor
-) -> Tensor:
+def fisher_vector_product(kl_gradient: Tensor, parameters: list[Tensor], vector: Tensor) -> Tensor:
     """F v: the gradient of v^T (gradient of the mean KL); kl_gradient needs its graph.
 
     Shapes: kl_gradient, vector (P,) -> (P,). Source: Schulman et al. 2015, appendix C.1.

@@ -106,6 +106,7 @@ def run_process(script, *arguments, quick=True, code=0, cwd=None, **extra):
 def run(script, *arguments, quick=True, code=0, module=None):
     """The same in this process, which saves the seconds that importing torch takes."""
     module = module or load(script)
+    forget_warnings(module)
     words = command(script, *arguments, quick=quick)[1:]
     out, err, returncode = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -123,7 +124,6 @@ def run(script, *arguments, quick=True, code=0, module=None):
             returncode = 1
         finally:
             module.CLOSING.close()
-            getattr(module.warn, "cache_clear", bool)()  # the next run says everything again
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     done = SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), returncode=returncode)
@@ -151,6 +151,12 @@ def call(main, *arguments, code=0, cwd=ROOT):
                 signal.signal(number, handler)
     assert returncode == code, f"exit code {returncode}\n{out.getvalue()}\n{err.getvalue()}"
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def forget_warnings(*modules):
+    for module in modules:
+        with contextlib.suppress(AttributeError):  # not loaded, or replaced
+            module.warn.cache_clear()
 
 
 @functools.cache
@@ -217,6 +223,12 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_terminal_summary(terminalreporter):
     for name in sorted(FOUND - set(SCRIPTS)):
         terminalreporter.write_line(f"not tested: {name}.py, without a line in tests/conftest.py")
+
+
+@pytest.fixture(autouse=True)
+def say_everything_again():
+    """Scripts print each warning once in a process, here once in a test or run."""
+    forget_warnings(*map(sys.modules.get, SCRIPTS))
 
 
 @pytest.fixture(params=SCRIPTS)

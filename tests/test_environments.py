@@ -79,7 +79,7 @@ def test_what_cannot_be_replayed_says_so(ppo, capsys, env_id):
     envs = ppo.make_envs(ppo.Args(env_id=env_id, num_envs=2))
     envs.step(np.zeros((2, 1), np.float32))
     envs.set_attr("snapshot", envs.get_attr("snapshot"))
-    assert capsys.readouterr().err.count("not restored") == 2
+    assert capsys.readouterr().err.count("not restored") == 1  # said once
     assert envs.get_attr("lost_episode") == (True, True)
     assert [env.length for env in envs.envs] == [0, 0]
 

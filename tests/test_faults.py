@@ -697,7 +697,7 @@ def test_an_episode_that_cannot_be_restored_leads_nowhere(script, tmp_path, monk
     saved = checkpoint(folder)
     monkeypatch.undo()
     done = run(script, "--resume", folder, quick=False)
-    assert done.stderr.count("environment not restored") == 2
+    assert done.stderr.count("environment not restored") == 1  # of both
     last = (saved["buffer"]["next_row"] - 2).tolist()
     assert checkpoint(folder)["buffer"]["actions"][last].tolist() == [-1, -1]
     assert (saved["buffer"]["actions"][last] >= 0).all()
@@ -711,7 +711,7 @@ def test_a_memory_of_lost_episodes_alone_is_not_sampled(script, tmp_path):
     for steps in (4, 20):
         words = ["--resume", tmp_path / "r", "--total-timesteps", steps]
         done = run(script, *words, quick=False)
-        assert done.stderr.count("environment not restored") == 2
+        assert "environment not restored" in done.stderr
     assert any("losses/td_loss" in line for line in training(tmp_path / "r"))
 
 
