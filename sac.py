@@ -817,7 +817,7 @@ class ReplayableEnv(gym.Wrapper):
         return self.obs, {}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
-        action = np.asarray(action, self.action_space.dtype)[()]  # refused by some if larger
+        action = np.asarray(action, self.action_space.dtype)[()]  # some refuse another dtype
         if self.length < LONGEST_EPISODE:
             self.actions.append(np.array(action))  # a copy: some environments change their action
         try:

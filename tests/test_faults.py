@@ -704,14 +704,15 @@ def test_an_episode_that_cannot_be_restored_leads_nowhere(script, tmp_path, monk
 
 
 @pytest.mark.parametrize("script", sorted(DISCRETE))
-def test_a_memory_of_lost_episodes_alone_is_not_sampled(script, tmp_path):
+def test_a_memory_of_lost_episodes_alone_is_not_sampled(script, tmp_path, monkeypatch):
     """Stopped after the first steps of all environments, of which none could be restored."""
+    monkeypatch.setattr(load(script), "warn", load(script).warn.__wrapped__)  # for each of them
     eager = ["--log-frequency", 2, "--learning-starts", 0, "--train-frequency", 1]
     go(script, "Unseeded", tmp_path / "r", *eager, "--total-timesteps", 2)
     for steps in (4, 20):
         words = ["--resume", tmp_path / "r", "--total-timesteps", steps]
         done = run(script, *words, quick=False)
-        assert "environment not restored" in done.stderr
+        assert done.stderr.count("environment not restored") == 2
     assert any("losses/td_loss" in line for line in training(tmp_path / "r"))
 
 
